@@ -1,0 +1,183 @@
+"""Strategy: train a tiny model through TRL's SFTTrainer with everything on that moves an entry without a gradient
+(AdamW, weight decay, momentum, clipping, accumulation), and compare the frozen coordinates bit by bit afterwards.
+
+The same check is then run with the restoring, and with the gradient mask, taken out: it must fail each time.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from peft_cpift import CoreIsolationCallback, CoreRegion, CpiftError, PropulsionConfig
+from peft_cpift.isolation.freeze import FrozenCore, saved_parameters
+
+TUNERS = {
+    "full": (None, 1e-3),
+    "propulsion": (PropulsionConfig(target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"), 1e-2),
+    "lora": (LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"]), 1e-2),
+    "ia3": (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), 1e-2),
+}
+
+
+def load(folder, tuner: str):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config, _ = TUNERS[tuner]
+    return model if config is None else get_peft_model(model, config)
+
+
+def make_region(model) -> CoreRegion:
+    """Every seventh coordinate of every tensor, under the names of the saved checkpoint."""
+    parameters = saved_parameters(model)
+    distinct = {id(p): name for name, p in reversed(parameters.items())}
+    shapes = {name: tuple(parameters[name].shape) for name in distinct.values()}
+    return CoreRegion({name: torch.arange(3, parameters[name].numel(), 7) for name in shapes}, shapes)
+
+
+def train(model, folder, data, output, lr, callback, **settings):
+    args = SFTConfig(
+        output_dir=str(output),
+        **{
+            "max_steps": 6,
+            "learning_rate": lr,
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.5,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            **settings,
+        },
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        callbacks=[callback],
+    )
+    trainer.train()
+    return trainer
+
+
+def check_isolated(model, before, region, trainer) -> None:
+    for name, parameter in saved_parameters(model).items():
+        if name not in region.indices:
+            continue  # the second name of a tied tensor
+        frozen = torch.zeros(parameter.numel(), dtype=torch.bool)
+        frozen[region.indices[name]] = True
+        now = parameter.detach().reshape(-1)
+        assert torch.equal(now[frozen].view(torch.int32), before[name][frozen].view(torch.int32)), name
+        moved = (now[~frozen] != before[name][~frozen]).float().mean()
+        assert moved > 0.9, f"{name}: only {moved:.0%} of the free coordinates moved"
+        state = trainer.optimizer.state[parameter]
+        assert not state["exp_avg"].reshape(-1)[frozen].any(), f"{name}: the optimizer saw a frozen gradient"
+
+
+def run_and_check(folder, data, output, tuner: str, **settings) -> None:
+    model = load(folder, tuner)
+    region = make_region(model)
+    before = {name: p.detach().reshape(-1).clone() for name, p in saved_parameters(model).items()}
+    trainer = train(model, folder, data, output, TUNERS[tuner][1], CoreIsolationCallback(region), **settings)
+    check_isolated(model, before, region, trainer)
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_frozen_coordinates_are_bit_identical_and_the_others_move(tiny_model, sums, tmp_path, tuner):
+    run_and_check(tiny_model, sums, tmp_path, tuner)
+
+
+def test_with_gradient_checkpointing_and_one_micro_batch(tiny_model, sums, tmp_path):
+    run_and_check(tiny_model, sums, tmp_path, "full", gradient_checkpointing=True, gradient_accumulation_steps=1)
+
+
+def test_without_the_restore_the_check_fails(tiny_model, sums, tmp_path, monkeypatch):
+    monkeypatch.setattr(FrozenCore, "restore", lambda self: None)
+    with pytest.raises(RuntimeError, match="core isolation was broken"):
+        run_and_check(tiny_model, sums, tmp_path, "full")
+    monkeypatch.setattr(FrozenCore, "verify", lambda self: None)
+    with pytest.raises(AssertionError, match="embed_tokens"):
+        run_and_check(tiny_model, sums, tmp_path, "full")
+
+
+def test_without_the_mask_the_check_fails(tiny_model, sums, tmp_path, monkeypatch):
+    monkeypatch.setattr(FrozenCore, "attach", lambda self: None)
+    with pytest.raises(AssertionError, match="the optimizer saw a frozen gradient"):
+        run_and_check(tiny_model, sums, tmp_path, "full")
+
+
+def test_works_under_the_plain_trainer_and_from_a_file(tiny_model, sums, tmp_path):
+    model = load(tiny_model, "full")
+    region = make_region(model)
+    region.save(tmp_path / "core.safetensors")
+    before = {name: p.detach().reshape(-1).clone() for name, p in saved_parameters(model).items()}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = [tokenizer(row["prompt"] + row["completion"], padding="max_length", max_length=8) for row in sums]
+    rows = [{**row, "labels": row["input_ids"]} for row in rows]
+    args = TrainingArguments(
+        str(tmp_path / "out"),
+        max_steps=3,
+        weight_decay=0.1,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    callback = CoreIsolationCallback(tmp_path / "core.safetensors")
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    check_isolated(model, before, region, trainer)
+
+
+def test_one_callback_serves_two_trainings(tiny_model, sums, tmp_path):
+    model = load(tiny_model, "propulsion")
+    region = make_region(model)
+    callback = CoreIsolationCallback(region)
+    before = {name: p.detach().reshape(-1).clone() for name, p in saved_parameters(model).items()}
+    for _ in range(2):
+        trainer = train(model, tiny_model, sums, tmp_path, 1e-2, callback)
+    check_isolated(model, before, region, trainer)
+
+
+def test_the_active_adapter_is_the_one_that_is_frozen(tiny_model):
+    model = load(tiny_model, "propulsion")
+    model.add_adapter("second", TUNERS["propulsion"][0])
+    model.set_adapter("second")
+    name, parameter = next(iter(saved_parameters(model).items()))
+    assert "second" not in name
+    assert name.endswith("q_proj.propulsion_z")
+    live = dict(model.named_parameters())
+    assert parameter is live[f"{name}.second"]
+
+
+def test_region_of_another_model_is_refused_when_training_begins(tiny_model, sums, tmp_path):
+    region = CoreRegion({"transformer.h.0.w": torch.tensor([0])}, {"transformer.h.0.w": (4,)})
+    with pytest.raises(CpiftError, match=r"first transformer\.h\.0\.w"):
+        train(load(tiny_model, "full"), tiny_model, sums, tmp_path, 1e-3, CoreIsolationCallback(region))
+
+
+def test_sharding_engines_are_refused(tiny_model, sums, tmp_path, monkeypatch):
+    model = load(tiny_model, "full")
+    for engine in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        state = SimpleNamespace(distributed_type=engine)
+        monkeypatch.setattr("peft_cpift.isolation.callback.AcceleratorState", lambda state=state: state)
+        with pytest.raises(CpiftError, match=f"does not support {engine.value}"):
+            train(model, tiny_model, sums, tmp_path, 1e-3, CoreIsolationCallback(make_region(model)))
+
+
+def test_a_file_that_is_no_region_is_refused_at_once(tmp_path):
+    (tmp_path / "core.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CpiftError, match=r"core\.safetensors"):
+        CoreIsolationCallback(tmp_path / "core.safetensors")

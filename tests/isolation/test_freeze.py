@@ -1,0 +1,200 @@
+"""Strategy: train small modules in a plain loop under many optimizers, and compare frozen coordinates as bytes.
+
+Every case also checks that the other coordinates moved, so that a test cannot pass because nothing trained. The
+optimizers are those that move entries without a gradient: by weight decay, momentum, or from a stale state.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from peft_cpift import CoreRegion, CpiftError, NoEffectWarning, freeze_core
+from peft_cpift.isolation.freeze import FrozenCore
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, foreach=False),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, weight_decay=0.1, momentum=0.9),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, weight_decay=0.1),
+}
+
+
+def make_model(dtype=torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+def make_region(model: nn.Module) -> CoreRegion:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return CoreRegion({"0.weight": torch.tensor([0, 7, 29]), "2.bias": torch.tensor([1])}, shapes)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int = 1) -> torch.Tensor:
+    optimizer.zero_grad()
+    for _ in range(micro_batches):
+        x = torch.randn(4, 6).to(next(model.parameters()).dtype)
+        model(x).square().sum().backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return norm
+
+
+def bits(tensor: torch.Tensor) -> list[int]:
+    return tensor.detach().contiguous().view(torch.uint8).tolist()
+
+
+def check_isolated(before: dict[str, torch.Tensor], model: nn.Module, region: CoreRegion) -> None:
+    for name, parameter in model.named_parameters():
+        frozen = torch.zeros(parameter.numel(), dtype=torch.bool)
+        frozen[region.indices.get(name, torch.empty(0, dtype=torch.long))] = True
+        old, new = before[name].reshape(-1), parameter.detach().reshape(-1)
+        assert bits(old[frozen]) == bits(new[frozen]), f"a frozen coordinate of {name} moved"
+        assert (old[~frozen] != new[~frozen]).all(), f"a free coordinate of {name} did not move"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_frozen_coordinates_keep_their_bits_and_others_move(name, micro_batches, dtype):
+    model = make_model(dtype)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    region = make_region(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with freeze_core(model, optimizer, region):
+        for _ in range(5):
+            step(model, optimizer, micro_batches)
+    check_isolated(before, model, region)
+
+
+def test_bfloat16_keeps_the_bits_too():
+    model = make_model(torch.bfloat16)
+    region = make_region(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    with freeze_core(model, optimizer, region):
+        for _ in range(10):
+            step(model, optimizer)
+    for name, index in region.indices.items():
+        now = dict(model.named_parameters())[name].reshape(-1)[index]
+        assert bits(now) == bits(before[name].reshape(-1)[index])
+    assert (model[0].weight != before["0.weight"]).any()
+
+
+def test_stale_momentum_does_not_move_what_is_frozen_later():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(5):
+        step(model, optimizer)
+    region = make_region(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with freeze_core(model, optimizer, region):
+        for _ in range(3):
+            step(model, optimizer)
+    check_isolated(before, model, region)
+
+
+def test_frozen_gradients_add_nothing_to_the_clipped_norm_or_the_optimizer_state():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    region = make_region(model)
+    torch.manual_seed(1)
+    with freeze_core(model, optimizer, region):
+        norm = step(model, optimizer)
+    moment = optimizer.state[model[0].weight]["exp_avg"].reshape(-1)
+    assert moment[region.indices["0.weight"]].tolist() == [0.0, 0.0, 0.0]
+    assert moment.count_nonzero() == moment.numel() - 3
+
+    reference = make_model()
+    torch.manual_seed(1)
+    reference(torch.randn(4, 6)).square().sum().backward()
+    gradients = {n: p.grad.reshape(-1).clone() for n, p in reference.named_parameters()}
+    for name, index in region.indices.items():
+        gradients[name][index] = 0
+    torch.testing.assert_close(norm, torch.cat(list(gradients.values())).norm())
+
+
+def test_infinite_gradient_of_a_frozen_coordinate_becomes_zero_not_nan():
+    parameter = nn.Parameter(torch.ones(3))
+    model = nn.Module()
+    model.w = parameter
+    frozen = FrozenCore(model, CoreRegion({"w": torch.tensor([1])}, {"w": (3,)}))
+    frozen.attach()
+    (parameter * torch.tensor([2.0, float("inf"), 3.0])).sum().backward()
+    assert parameter.grad.tolist() == [2.0, 0.0, 3.0]
+
+
+def test_parameter_and_gradient_that_are_not_contiguous():
+    model = nn.Linear(4, 3, bias=False)
+    model.weight = nn.Parameter(torch.randn(4, 3).t())
+    assert not model.weight.is_contiguous()
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    with freeze_core(model, optimizer, CoreRegion({"weight": torch.tensor([1, 10])}, {"weight": (3, 4)})):
+        model(torch.randn(2, 4)).sum().backward()
+        assert model.weight.grad.flatten()[[1, 10]].tolist() == [0.0, 0.0]
+        optimizer.step()
+    moved = (model.weight != before).flatten()
+    assert moved.nonzero().flatten().tolist() == [i for i in range(12) if i not in (1, 10)]
+
+
+def test_nothing_is_frozen_after_the_block():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with freeze_core(model, optimizer, make_region(model)):
+        step(model, optimizer)
+    before = model[0].weight.detach().clone()
+    step(model, optimizer)
+    assert (model[0].weight != before).all()
+
+
+def test_a_write_behind_the_optimizers_back_is_noticed():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match=r"1 of 3 frozen coordinates of '0\.weight' changed"):
+        with freeze_core(model, optimizer, make_region(model)):
+            step(model, optimizer)
+            model[0].weight.data.view(-1)[7] += 1
+
+
+def test_minus_zero_is_another_bit_pattern_than_zero():
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    frozen = FrozenCore(model, CoreRegion({"weight": torch.tensor([0])}, {"weight": (1, 2)}))
+    model.weight.data[0, 0] = -0.0
+    with pytest.raises(RuntimeError, match="changed"):
+        frozen.verify()
+
+
+def test_several_regions_and_files_are_united(tmp_path):
+    model = make_model()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    CoreRegion({"0.weight": torch.tensor([1, 2])}, shapes).save(tmp_path / "a.safetensors")
+    frozen = FrozenCore(model, [tmp_path / "a.safetensors", CoreRegion({"0.weight": torch.tensor([2, 3])}, shapes)])
+    assert len(frozen) == 3
+
+
+def test_unknown_names_and_wrong_shapes_are_refused_by_name():
+    model = make_model()
+    with pytest.raises(CpiftError, match=r"first layer\.w; the model's are named like 0\.weight"):
+        FrozenCore(model, CoreRegion({"layer.w": torch.tensor([0])}, {"layer.w": (2,)}))
+    with pytest.raises(CpiftError, match=r"'0\.weight' has shape \[5, 6\] in the model and \[6, 5\]"):
+        FrozenCore(model, CoreRegion({"0.weight": torch.tensor([0])}, {"0.weight": (6, 5)}))
+
+
+def test_a_region_that_freezes_nothing_trainable_warns():
+    model = make_model()
+    model.requires_grad_(False)
+    with pytest.warns(NoEffectWarning, match="none of the 4 frozen coordinates"):
+        FrozenCore(model, make_region(model))
+
+
+def test_a_sparse_gradient_is_refused():
+    model = nn.Embedding(4, 2, sparse=True)
+    frozen = FrozenCore(model, CoreRegion({"weight": torch.tensor([0])}, {"weight": (4, 2)}))
+    frozen.attach()
+    with pytest.raises(CpiftError, match="sparse gradient"):
+        model(torch.tensor([1])).sum().backward()

@@ -1,0 +1,196 @@
+"""Loading models and adapters, and one training stage through TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_config, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig, SFTTrainer
+
+import peft_cpift.propulsion  # noqa: F401 - makes PROPULSION a PEFT type
+from peft_cpift.checkpoint import complete_folder
+from peft_cpift.checkpoint.reader import ADAPTER_CONFIG
+from peft_cpift.core.region import CoreRegion
+from peft_cpift.errors import CpiftError
+from peft_cpift.fusion.fuse import FUSABLE_ADAPTERS
+from peft_cpift.isolation import CoreIsolationCallback
+from peft_cpift.pipeline.recipe import Recipe
+
+# Set by the run itself, so a recipe may not.
+OWN_SETTINGS = {"output_dir": "the recipe's output", "seed": "the recipe's seed", "data_seed": "the recipe's seed"}
+PROPULSION_LEARNING_RATE = 5e-3
+"""Default for Propulsion in place of SFTConfig's 2e-5, which hardly moves a scale (measured, see the README)."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one training stage came to."""
+
+    steps: int
+    examples: int
+    """Rows seen, repetitions counted."""
+    tokens: int
+    """Tokens seen, prompts included, padding not."""
+    loss: float
+    """Mean training loss, in nats per token."""
+    learning_rate: float
+    seconds: float
+    frozen: int
+    """Coordinates held frozen."""
+
+
+def resolve_settings(recipe: Recipe, tuner: PeftConfig | None, stage: Mapping[str, Any]) -> dict[str, Any]:
+    """The SFTConfig fields of a stage: its own, over the recipe's, over what this machine and tuner call for.
+
+    Raises:
+        CpiftError: a field that SFTConfig has not, that the run sets itself, or whose value SFTConfig rejects.
+    """
+    settings: dict[str, Any] = {"report_to": [], "save_strategy": "no", "activation_checkpointing": False}
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()):
+        settings |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
+    if tuner is not None and tuner.peft_type == "PROPULSION":
+        settings["learning_rate"] = PROPULSION_LEARNING_RATE
+    settings |= {**recipe.training, **stage}
+    for name in OWN_SETTINGS.keys() & settings.keys():
+        raise CpiftError(f"training field '{name}' is set by the run: use {OWN_SETTINGS[name]}")
+    known = SFTConfig.__dataclass_fields__
+    for name in settings:
+        if name not in known:
+            raise CpiftError(f"unknown training field '{name}': see the fields of trl.SFTConfig")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            SFTConfig(output_dir=folder, **settings)
+    except (TypeError, ValueError) as error:
+        raise CpiftError(f"training fields {settings}: {' '.join(str(error).split())}") from error
+    return settings
+
+
+def resolve_tuner(recipe: Recipe) -> PeftConfig | None:
+    """The recipe's PEFT configuration, or None for full fine-tuning.
+
+    Raises:
+        CpiftError: an unknown type or field, or an adapter that cannot be fused tensor by tensor.
+    """
+    if recipe.tuner == "full":
+        return None
+    kind = recipe.tuner.get("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise CpiftError(f"'tuner.peft_type' is {kind!r}, which PEFT does not know: use PROPULSION, or tuner: full")
+    if kind not in FUSABLE_ADAPTERS:
+        raise CpiftError(
+            f"'tuner.peft_type' is {kind}, whose adapters cannot be fused tensor by tensor: use one of "
+            f"{', '.join(FUSABLE_ADAPTERS)}, or tuner: full"
+        )
+    try:
+        return get_peft_config({"task_type": "CAUSAL_LM", **recipe.tuner})
+    except (TypeError, ValueError) as error:
+        raise CpiftError(f"'tuner': {' '.join(str(error).split())}") from error
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, after checking that the model is a causal language model; loads no weights.
+
+    Raises:
+        CpiftError: the model or its tokenizer cannot be found or has no end-of-sequence token.
+    """
+    try:
+        AutoConfig.from_pretrained(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CpiftError(f"cannot load model '{recipe.model}': {first}") from error
+    if tokenizer.eos_token_id is None:
+        raise CpiftError(f"the tokenizer of '{recipe.model}' has no end-of-sequence token, which ends a completion")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(recipe: Recipe, folder: Path | None = None) -> torch.nn.Module:
+    """The recipe's base model, or what `folder` holds: a whole model, or an adapter put on the base model."""
+    adapter = folder is not None and (folder / ADAPTER_CONFIG).is_file()
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.model if folder is None or adapter else folder,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    if adapter:
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    return model
+
+
+def make_start(recipe: Recipe, config: PeftConfig | None, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Write theta_0, from which every probe starts: the model itself, or a new adapter on it."""
+    set_seed(recipe.seed)
+    model = load_model(recipe)
+    if config is not None:
+        try:
+            model = get_peft_model(model, config)
+        except ValueError as error:  # for instance target modules that the model has not
+            raise CpiftError(f"'tuner': {' '.join(str(error).split())}") from error
+    _save(model, tokenizer, output)
+
+
+def train(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    start: Path,
+    rows: Dataset,
+    settings: Mapping[str, Any],
+    output: Path,
+    *,
+    frozen: list[CoreRegion] | None = None,
+) -> tuple[torch.nn.Module, Training]:
+    """Fine-tune what `start` holds on `rows` with a fresh optimizer and schedule, and write the result to `output`.
+
+    Args:
+        rows: columns `prompt` and `completion`.
+        settings: SFTConfig fields, as `resolve_settings` returns them.
+        frozen: core regions held fixed.
+
+    Raises:
+        RuntimeError: the loss is not finite.
+    """
+    model = load_model(recipe, start)
+    with complete_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
+        args = SFTConfig(output_dir=scratch, seed=recipe.seed, **settings)
+        isolation = [CoreIsolationCallback(frozen)] if frozen else []
+        trainer = SFTTrainer(
+            model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=isolation
+        )
+        began = time.perf_counter()
+        result = trainer.train()
+        seconds = time.perf_counter() - began
+        if not math.isfinite(result.training_loss):
+            raise RuntimeError(
+                f"the training loss became {result.training_loss} for {output}: lower the learning rate"
+            )
+        _save(model, tokenizer, folder)
+    tokens = next((entry["num_tokens"] for entry in reversed(trainer.state.log_history) if "num_tokens" in entry), 0)
+    return model, Training(
+        steps=result.global_step,
+        examples=round(trainer.state.epoch * len(trainer.train_dataset)),
+        tokens=int(tokens),
+        loss=result.training_loss,
+        learning_rate=args.learning_rate,
+        seconds=seconds,
+        frozen=len(isolation[0].frozen) if isolation else 0,
+    )
+
+
+def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    if isinstance(model, PeftModel):
+        # A frozen embedding that is adapted is the base model's own, and no part of the adapter.
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -55,7 +55,8 @@ class Checkpoint(Mapping[str, Tensor]):
         self._files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, str] = {}
-        for file in _weight_files(self.folder):
+        files, indexed = _weight_files(self.folder)
+        for file in files:
             with _open(file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                     if name in self._files:
@@ -63,6 +64,8 @@ class Checkpoint(Mapping[str, Tensor]):
                     self._files[name] = file
                     view = handle.get_slice(name)
                     shapes[name], dtypes[name] = tuple(view.get_shape()), view.get_dtype()
+        for name in sorted(indexed - self._files.keys()):
+            raise CpiftError(f"{self.folder / MODEL_INDEX} names tensor '{name}', which no shard has: fetch it again")
         self.shapes = {name: shapes[name] for name in sorted(shapes)}
         self.dtypes = {name: dtypes[name] for name in sorted(dtypes)}
 
@@ -79,11 +82,11 @@ class Checkpoint(Mapping[str, Tensor]):
     @property
     def is_adapter(self) -> bool:
         """Whether the folder holds a PEFT adapter rather than a whole model."""
-        return (self.folder / ADAPTER_CONFIG).is_file()
+        return (self.folder / ADAPTER_WEIGHTS).is_file()
 
     @property
     def adapter_config(self) -> dict:
-        """The adapter's configuration, as saved; empty for a whole model."""
+        """The adapter's configuration, as saved; empty for a whole model. CpiftError if an adapter has none."""
         return read_json(self.folder / ADAPTER_CONFIG) if self.is_adapter else {}
 
     def __repr__(self) -> str:
@@ -118,29 +121,30 @@ def read_json(file: Path) -> dict:
     """The JSON object in `file`; CpiftError names the file if it holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CpiftError(f"cannot read {file}: {error}") from error
     if not isinstance(content, dict):
         raise CpiftError(f"{file} holds a {type(content).__name__}, not a JSON object")
     return content
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> tuple[list[Path], set[str]]:
+    """The files that hold the tensors, and the names that an index, if there is one, says they hold."""
     if not folder.is_dir():
         raise CpiftError(f"no folder {folder}: give a folder written by save_pretrained")
     if (folder / ADAPTER_WEIGHTS).is_file():
-        return [folder / ADAPTER_WEIGHTS]
+        return [folder / ADAPTER_WEIGHTS], set()
     if (folder / MODEL_INDEX).is_file():
         return _shards(folder)
     if (folder / MODEL_WEIGHTS).is_file():
-        return [folder / MODEL_WEIGHTS]
+        return [folder / MODEL_WEIGHTS], set()
     raise CpiftError(
         f"no {ADAPTER_WEIGHTS}, {MODEL_INDEX} or {MODEL_WEIGHTS} in {folder}: save the model with save_pretrained "
         "(only safetensors is read, never pickled files)"
     )
 
 
-def _shards(folder: Path) -> list[Path]:
+def _shards(folder: Path) -> tuple[list[Path], set[str]]:
     index = folder / MODEL_INDEX
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -153,7 +157,7 @@ def _shards(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise CpiftError(f"{index} names '{name}', which is missing: fetch the checkpoint again")
         files.append(folder / name)
-    return files
+    return files, set(weight_map)
 
 
 def _open(file: Path) -> safe_open:

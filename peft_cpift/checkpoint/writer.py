@@ -29,7 +29,8 @@ def complete_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iter
         overwrite: replace an existing folder, once the new one is complete.
 
     Raises:
-        CpiftError: `path` exists and `overwrite` is false; raised before the block runs.
+        CpiftError: `path` exists and `overwrite` is false, or it is not a folder; raised before the block runs, and
+            again after it if something else was written there meanwhile.
 
     Example:
         >>> import tempfile
@@ -46,6 +47,7 @@ def complete_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iter
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders; a result is an ordinary one
+        check_free(path, overwrite=overwrite)  # again: another run may have written it meanwhile
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -61,15 +63,18 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes private files
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_free(path: Path, *, overwrite: bool = False) -> None:
-    """Raise CpiftError if `path` exists, unless it may be overwritten."""
-    if path.exists() and not overwrite:
+    """Raise CpiftError if there is something at `path`, unless it is a folder that may be overwritten."""
+    if os.path.lexists(path) and not overwrite:
         raise CpiftError(f"{path} exists: choose another output, or ask for it to be overwritten")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise CpiftError(f"{path} is not a folder, and only a folder is overwritten: choose another output")
 
 
 def write_json(path: Path, content: dict | list) -> None:
@@ -123,7 +128,9 @@ class ShardWriter:
 
     def _flush(self) -> None:
         # transformers refuses a file whose metadata does not name the framework.
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        part = self._part(len(self._shards))
+        save_file(self._pending, part, metadata={"format": "pt"})
+        part.chmod(0o666 & ~_umask())
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

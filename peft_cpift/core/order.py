@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 
@@ -49,5 +50,9 @@ def order_groups(
         missing = [task for group in groups for task in group if task not in (losses or {})]
         if missing:
             raise CpiftError(f"order 'difficulty' needs the probe loss of task '{missing[0]}': give it in losses=")
+        for group in groups:
+            for task in group:
+                if math.isnan(losses[task]):
+                    raise CpiftError(f"the probe loss of task '{task}' is not a number: its training diverged")
         return sorted(groups, key=lambda group: sum(losses[task] for task in group) / len(group))
     raise CpiftError(f"unknown order '{strategy}': use one of {', '.join(STRATEGIES)}, or list the groups")

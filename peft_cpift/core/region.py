@@ -53,6 +53,9 @@ class CoreRegion:
     percent: float | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
+        if self.percent is not None:
+            _check_percent(self.percent)
         for name, index in self.indices.items():
             if name not in self.shapes:
                 raise CpiftError(f"core region has indices for '{name}' but no shape: give its shape too")
@@ -86,7 +89,8 @@ class CoreRegion:
             "shapes": json.dumps(self.shapes),
         }
         with complete_file(file) as temporary:
-            save_file({name: index.contiguous() for name, index in self.indices.items()}, temporary, metadata)
+            # Copied, since safetensors refuses names that share one tensor.
+            save_file({name: index.clone() for name, index in self.indices.items()}, temporary, metadata)
 
     @classmethod
     def load(cls, file: str | os.PathLike) -> CoreRegion:
@@ -112,7 +116,7 @@ class CoreRegion:
             percent = json.loads(metadata["percent"])
             shapes = {name: tuple(map(_size, shape)) for name, shape in json.loads(metadata["shapes"]).items()}
             return cls(indices, shapes, percent)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise CpiftError(f"{file} is damaged: {error}") from error
 
 
@@ -139,8 +143,7 @@ def find_core_region(tuned: Source, base: Source | None = None, *, percent: floa
         >>> find_core_region(tuned, base, percent=50).indices
         {'w': tensor([1, 2])}
     """
-    if not 0 < percent <= 100:
-        raise CpiftError(f"percent must be in (0, 100], got {percent}")
+    _check_percent(percent)
     tuned = open_source(tuned)
     base = None if base is None else open_source(base)
     shapes = _check_pair(tuned, base)
@@ -185,6 +188,11 @@ def check_same_shapes(a: CoreRegion, b: CoreRegion) -> None:
             )
 
 
+def _check_percent(percent: float) -> None:
+    if isinstance(percent, bool) or not isinstance(percent, int | float) or not 0 < percent <= 100:
+        raise CpiftError(f"percent must be in (0, 100], got {percent!r}")
+
+
 def _check_pair(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> dict[str, tuple[int, ...]]:
     """The shapes of `tuned`, after checking from the headers alone that `base` has the same tensors."""
     shapes = shapes_of(tuned)
@@ -204,7 +212,7 @@ def _check_pair(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) 
         if missing:
             raise CpiftError(
                 f"tensor '{min(missing)}'{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} is missing in "
-                f"{side}: compare two checkpoints of one model"
+                f"{side}: compare two checkpoints of one model, with the same weights tied"
             )
     for name, shape in shapes.items():
         if shape != base_shapes[name]:
@@ -218,14 +226,15 @@ def _check_pair(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) 
 def _updates(
     tuned: Mapping[str, Tensor], base: Mapping[str, Tensor] | None, names: Iterable[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    for name in sorted(names):
-        after = tuned[name].detach()
-        before = torch.ones_like(after) if base is None else base[name].detach()
+    for name in names:
+        after = tuned[name].detach().cpu()
+        before = torch.ones_like(after) if base is None else base[name].detach().cpu()
         dtype = working_dtype(after, before)
-        update = (after.to(dtype) - before.to(dtype)).abs().cpu()
-        if not bool(torch.isfinite(update).all()):
-            side = "tuned" if not bool(torch.isfinite(after).all()) else "base"
-            raise CpiftError(f"tensor '{name}' has a value that is not finite in {side}: the training diverged")
+        after, before = after.to(dtype), before.to(dtype)
+        for side, tensor in (("tuned", after), ("base", before)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise CpiftError(f"tensor '{name}' has a value that is not finite in {side}: the training diverged")
+        update = (after - before).abs()
         yield name, update
 
 

@@ -39,7 +39,8 @@ def select_largest(magnitudes: Iterable[tuple[str, Tensor]], count: int) -> dict
     names: list[str] = []
     starts: list[int] = []
     end = 0
-    bar = 0.0
+    # One-dimensional, so that a float32 chunk is compared with a float64 bar as it is: a scalar would be rounded.
+    bar = torch.zeros(1, dtype=torch.float64)
     for name, tensor in magnitudes:
         names.append(name)
         starts.append(end)
@@ -50,7 +51,7 @@ def select_largest(magnitudes: Iterable[tuple[str, Tensor]], count: int) -> dict
             end += chunk.numel()
             if len(values) > 2 * count:
                 values, positions = _cut(values, positions, count)
-                bar = values.min().item() if count else torch.inf
+                bar = values.min().double().reshape(1) if count else torch.full((1,), torch.inf)
     _, positions = _cut(values, positions, count)
 
     bounds = torch.tensor([*starts, end])

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peft_cpift.checkpoint.reader import ADAPTER_WEIGHTS, MODEL_INDEX, Checkpoint, working_dtype
+from peft_cpift.checkpoint.reader import ADAPTER_WEIGHTS, Checkpoint, working_dtype
 from peft_cpift.checkpoint.writer import ShardWriter, check_free, complete_folder, write_json
 from peft_cpift.core.region import PROPULSION_SUFFIX, CoreRegion
 from peft_cpift.errors import CpiftError, NoEffectWarning
@@ -116,7 +116,8 @@ def fuse(
 
     Raises:
         CpiftError: names, shapes, dtypes or adapter settings differ, the adapter cannot be fused by its tensors (LoRA
-            and its kin: merge them into the model first), or a setting is out of range; all before writing.
+            and its kin: merge them into the model first), or a setting is out of range, all before writing;
+            or a value is not finite.
 
     Source: stage 3 of CPI-FT (arXiv 2508.21741); weights, conflict rules and delta space are ours.
     """
@@ -145,6 +146,7 @@ def fuse(
     with complete_folder(output, overwrite=overwrite) as folder:
         writer = ShardWriter(folder, ADAPTER_WEIGHTS, max_shard_bytes=None) if base.is_adapter else ShardWriter(folder)
         for name in base:
+            _check_finite(name, {"start": base, **tuned})
             fused, report.tensors[name] = fuse_tensor(
                 base[name],
                 [checkpoint[name] for checkpoint in tuned.values()],
@@ -160,9 +162,10 @@ def fuse(
         _carry_over(base.folder, folder)
         write_json(folder / "fusion.json", {"tasks": list(tasks), "omegas": omegas, **report.to_dict()})
     if report.folds and report.linear_folds == report.folds:
+        cure = "; space='delta' interpolates their differences from the base" if space == "weights" else ""
         warnings.warn(
-            f"all {report.folds} interpolations fell back to linear ones (cosine above {linear_above}), as fine-tuned "
-            "weights of one base are nearly parallel: space='delta' interpolates their differences from the base",
+            f"all {report.folds} interpolations fell back to linear ones, for their tensors were zero or parallel "
+            f"(|cosine| above {linear_above}), as fine-tuned weights of one base nearly are{cure}",
             NoEffectWarning,
             stacklevel=2,
         )
@@ -291,6 +294,12 @@ def _same_names(a: object, b: object) -> bool:
     return isinstance(a, list) and isinstance(b, list) and sorted(map(str, a)) == sorted(map(str, b))
 
 
+def _check_finite(name: str, checkpoints: Mapping[str, Checkpoint]) -> None:
+    for label, checkpoint in checkpoints.items():
+        if not bool(torch.isfinite(checkpoint[name]).all()):
+            raise CpiftError(f"tensor '{name}' has a value that is not finite in '{label}': that training diverged")
+
+
 def _check_core(base: Checkpoint, region: CoreRegion, task: str) -> None:
     for name in region.indices:
         if name not in base.shapes:
@@ -304,5 +313,6 @@ def _check_core(base: Checkpoint, region: CoreRegion, task: str) -> None:
 
 def _carry_over(source: Path, target: Path) -> None:
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in CARRIED_SUFFIXES and file.name not in {MODEL_INDEX, "fusion.json"}:
+        made_anew = file.name == "fusion.json" or file.name.endswith(".index.json")
+        if file.is_file() and file.suffix in CARRIED_SUFFIXES and not made_anew:
             shutil.copy2(file, target / file.name)

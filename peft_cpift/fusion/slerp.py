@@ -27,9 +27,9 @@ def slerp(a: Tensor, b: Tensor, omega: float, *, linear_above: float = LINEAR_AB
 
         slerp(a, b, w) = sin((1 - w) A) / sin(A) * a + sin(w A) / sin(A) * b,    cos A = <a, b> / (|a| |b|)
 
-    Lengths are not normalised, so the result's length lies between theirs. Where the angle A carries no direction the
-    interpolation is linear, (1 - w) a + w b: for nearly parallel vectors, where both agree to rounding; for nearly
-    antiparallel ones, which have no unique great circle; and if either is zero (all ours).
+    Lengths are not normalised: of two vectors of equal length the result has that length too. Where the angle A
+    carries no direction the interpolation is linear, (1 - w) a + w b: for nearly parallel vectors, where both agree to
+    rounding; for nearly antiparallel ones, which have no unique great circle; and if either is zero (all ours).
 
     Args:
         a, b: float32 or float64, of equal shape and dtype. Inner products are accumulated in float64.
@@ -47,7 +47,7 @@ def slerp(a: Tensor, b: Tensor, omega: float, *, linear_above: float = LINEAR_AB
     # Rounding may carry the cosine of parallel vectors past 1, where acos is not defined.
     cosine = min(1.0, max(-1.0, u.dot(v).item() / lengths)) if lengths > 0 else math.nan
     angle = math.acos(cosine) if lengths > 0 else math.nan
-    linear = not abs(cosine) <= linear_above  # also true for NaN
+    linear = not abs(cosine) <= linear_above or abs(cosine) == 1  # also true for NaN
     if linear:
         return Slerp(torch.lerp(a, b, omega), angle, linear)
     return Slerp(

@@ -48,17 +48,19 @@ def demo(
     output: Annotated[Path | None, typer.Option(help="Folder to fill; by default a new one in runs/.")] = None,
 ) -> None:
     """Run the whole method on a tiny model that comes with the package; needs no network."""
+    import torch
+
     from peft_cpift import demo
     from peft_cpift.pipeline import read_recipe
 
     folder = output or Path("runs") / f"demo-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    here = Path(demo.__file__).parent
-    paths = [f"model={json.dumps(str(here / 'model'))}", f"data={json.dumps(str(folder / 'data'))}"]
-    paths.append(f"output={json.dumps(str(folder / 'run'))}")
-    recipe_file = here / "recipe.yaml"
-    read_recipe(recipe_file, [*paths, *(overrides or [])])  # a wrong override is found before anything is written
-    demo.tasks.write_tasks(folder / "data", train=demo.TRAIN_ROWS, test=demo.TEST_ROWS)
-    _run(read_recipe(recipe_file, [*paths, *(overrides or [])]))
+    paths = {"model": demo.MODEL, "data": folder / "data", "output": folder / "run"}
+    fixed = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]
+    recipe = read_recipe(demo.RECIPE, [*fixed, *(overrides or [])])
+    # So small a model gains nothing from a second thread, and loses much where another program wants the core.
+    torch.set_num_threads(1)
+    demo.write_tasks(folder / "data", train=demo.TRAIN_ROWS, test=demo.TEST_ROWS)
+    _run(recipe)
 
 
 @app.command()

@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, interleave_datasets, load_dataset
+import jinja2
+from datasets import Dataset, concatenate_datasets, interleave_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from peft_cpift.errors import CpiftError
-from peft_cpift.pipeline.recipe import HubData, Recipe, Task
+from peft_cpift.pipeline.recipe import TEMPLATES, HubData, Recipe, Task
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ def extract_answer(text: str, pattern: str | None) -> str | None:
 
 def _load_task(recipe: Recipe, name: str, task: Task) -> TaskData:
     if recipe.data is not None:
-        files = {split: str(recipe.data / f"{name}_{split}.jsonl") for split in ("train", "test")}
-        raw = _load_files(name, files)
+        raw = _load_files(name, recipe.data)
         source = HubData(name=str(recipe.data))
     else:
         source = task.hub
@@ -84,24 +84,27 @@ def _load_task(recipe: Recipe, name: str, task: Task) -> TaskData:
     return TaskData(**sets)
 
 
-def _load_files(name: str, files: dict[str, str]) -> DatasetDict:
-    for file in files.values():
-        if not Path(file).is_file():
+def _load_files(name: str, folder: Path) -> dict[str, Dataset]:
+    sets = {}
+    for split in ("train", "test"):
+        file = folder / f"{name}_{split}.jsonl"
+        if not file.is_file():
             raise CpiftError(f"task '{name}' has no file {file}: put it there, or leave 'data' out to use the Hub")
-        if Path(file).stat().st_size == 0:
+        if file.stat().st_size == 0:
             raise CpiftError(f"task '{name}' has an empty file {file}: write one JSON object a line")
-    try:
-        return load_dataset("json", data_files=files)
-    except DatasetGenerationError as error:
-        raise CpiftError(
-            f"task '{name}': {' or '.join(files.values())} is not JSON lines of equal keys: {error.__cause__ or error}"
-        ) from error
+        try:
+            # Each split by itself, since columns that are not used may differ.
+            sets[split] = load_dataset("json", data_files=str(file), split="train")
+        except DatasetGenerationError as error:
+            cause = " ".join(str(error.__cause__ or error).split())
+            raise CpiftError(f"task '{name}': {file} is not JSON lines of equal keys: {cause}") from error
+    return sets
 
 
 def _load_hub(name: str, source: HubData) -> dict[str, Dataset]:
     try:
         return {
-            split: load_dataset(source.name, source.subset, split=getattr(source, split))
+            split: load_dataset(source.name, source.subset, split=getattr(source, split), revision=source.revision)
             for split in ("train", "test")
         }
     except (DatasetNotFoundError, ValueError, ConnectionError) as error:
@@ -116,17 +119,20 @@ def _sample(rows: Dataset, count: int | None, seed: int) -> Dataset:
 
 
 def _render(rows: Dataset, source: HubData, prompt: str, where: str) -> Dataset:
+    templates = {
+        "prompt": TEMPLATES.from_string(source.prompt),
+        "completion": TEMPLATES.from_string(source.completion),
+    }
+    frame = TEMPLATES.from_string(prompt)
+
     def render(row: dict) -> dict[str, str]:
         try:
-            return {
-                "prompt": prompt.replace("{prompt}", source.prompt.format_map(row)),
-                "completion": source.completion.format_map(row),
-            }
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            rendered = {name: template.render(row) for name, template in templates.items()}
+        except jinja2.TemplateError as error:
             raise CpiftError(
-                f"the {where} has no {error} for its prompt {source.prompt!r} or completion {source.completion!r}; "
-                f"its columns are {', '.join(row)}"
+                f"the {where} does not fit its template: {error}; its columns are {', '.join(row)}"
             ) from error
+        return {"prompt": frame.render(prompt=rendered["prompt"]), "completion": rendered["completion"]}
 
     if len(rows) == 0:
         raise CpiftError(f"the {where} has no rows")

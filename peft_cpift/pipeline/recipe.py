@@ -10,15 +10,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jinja2
+import jinja2.meta
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from peft_cpift.errors import CpiftError
 
 STRICT = ConfigDict(extra="forbid")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Template = Annotated[str, Field(min_length=1)]
+
+
+def _check_template(text: str) -> str:
+    try:
+        TEMPLATES.parse(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"is not a Jinja template: {error.message}") from error
+    return text
+
+
+# A sandbox, since a recipe may come from elsewhere; strict, since a misspelt column must not become an empty string.
+TEMPLATES = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+Template = Annotated[str, Field(min_length=1), AfterValidator(_check_template)]
 
 
 @dataclass(config=STRICT)
@@ -29,14 +44,16 @@ class HubData:
     """What `load_dataset` takes first, for instance `openai/gsm8k`."""
     subset: str | None = None
     """Its configuration, for instance `main`."""
+    revision: str | None = None
+    """Its branch, tag or commit."""
     train: str = "train"
     """Split to train on; slices such as `train[:90%]` work."""
     test: str = "test"
     """Split to score on."""
-    prompt: Template = "{prompt}"
-    """The prompt, made of the row's columns: `{question}`, `{messages[0][content]}`."""
-    completion: Template = "{completion}"
-    """The completion, likewise."""
+    prompt: Template = "{{ prompt }}"
+    """The prompt, a Jinja template over the row's columns: `{{ question }}`, `{{ messages[0].content }}`."""
+    completion: Template = "{{ completion }}"
+    """The completion, likewise: `{{ "ABCD"[label] }}`."""
 
 
 @dataclass(config=STRICT)
@@ -163,8 +180,8 @@ class Recipe:
     data: Path | None = None
     """A folder with `<task>_train.jsonl` and `<task>_test.jsonl`, rows with `prompt` and `completion`; by default each
     task's data comes from the Hub."""
-    prompt: Template = "{prompt}"
-    """How a prompt is put to the model, for instance `"Question: {prompt}\\nAnswer: "`."""
+    prompt: Template = "{{ prompt }}"
+    """How a task's prompt is put to the model, for instance `"Question: {{ prompt }}\\nAnswer: "`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """In which the model is loaded; `auto` is as it was saved."""
     trust_remote_code: bool = False
@@ -199,13 +216,31 @@ class Recipe:
             listed = sorted(task for group in self.grouping.order for task in group)
             if listed != sorted(self.tasks):
                 raise ValueError(f"grouping.order lists {listed}, but the tasks are {sorted(self.tasks)}")
-        if "{prompt}" not in self.prompt:
-            raise ValueError("'prompt' must contain {prompt}, where the task's prompt goes")
+        if "prompt" not in jinja2.meta.find_undeclared_variables(TEMPLATES.parse(self.prompt)):
+            raise ValueError("'prompt' must contain {{ prompt }}, where the task's prompt goes")
         return self
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, as written to YAML and JSON."""
         return TypeAdapter(Recipe).dump_python(self, mode="json")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which makes nothing but plain values, with two traps of YAML 1.1 taken away."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Refuse a key that is given twice, where YAML would keep the last in silence."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes a number as common as 5e-3 for a string, because it has no point.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
+)
 
 
 def read_recipe(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
@@ -220,7 +255,7 @@ def read_recipe(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
             the message names every such key by its path.
     """
     try:
-        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise CpiftError(f"cannot read recipe {file}: {error}") from error
     except yaml.YAMLError as error:
@@ -245,7 +280,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not found or not path:
         raise CpiftError(f"'{override}' is not of the form key=value, for instance core.percent=0.5")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise CpiftError(f"the value of '{path}' is not YAML: {' '.join(str(error).split())}") from error
     *parents, last = path.split(".")

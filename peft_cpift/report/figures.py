@@ -30,8 +30,11 @@ def _overlap(axes: Axes, report: dict[str, Any]) -> None:
     order = [task for group in report["groups"] for task in group]
     rank = [tasks.index(task) for task in order]
     matrix = [[report["jaccard"][i][j] for j in rank] for i in rank]
-    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-    _write(axes, matrix, "{:.2f}", dark=lambda value: value > 0.5)
+    # Shaded up to the largest overlap of two tasks: a task's own 1 would leave nothing to see of the others.
+    largest = max(matrix[i][j] for i in rank for j in rank if i != j)
+    others = [[value if i != j else float("nan") for j, value in enumerate(row)] for i, row in enumerate(matrix)]
+    axes.imshow(others, cmap="Blues", vmin=0, vmax=largest or 1)
+    _write(axes, matrix, "{:.2f}", dark=lambda value: largest / 2 < value < 1)
     _label(axes, order, order)
     corner = -0.5
     for group in report["groups"]:

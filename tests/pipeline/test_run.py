@@ -177,5 +177,5 @@ def test_an_output_that_holds_something_is_left_alone(tree):
 
 def test_modules_that_the_model_has_not_are_named(tree):
     tree["tuner"] = {"peft_type": "PROPULSION", "target_modules": ["c_attn"]}
-    with pytest.raises(CpiftError, match="'tuner': .*c_attn"):
+    with pytest.raises(CpiftError, match=r"'tuner': .*c_attn"):
         run(parse_recipe(tree))

@@ -27,7 +27,7 @@ from peft_cpift.pipeline.recipe import Recipe
 
 # Set by the run itself, so a recipe may not.
 OWN_SETTINGS = {"output_dir": "the recipe's output", "seed": "the recipe's seed", "data_seed": "the recipe's seed"}
-PROPULSION_LEARNING_RATE = 5e-3
+PROPULSION_LEARNING_RATE = 1e-3
 """Default for Propulsion in place of SFTConfig's 2e-5, which hardly moves a scale (measured, see the README)."""
 
 

@@ -1,6 +1,6 @@
 """Train the demonstration's base model from nothing.
 
-    python benchmarks/train_demo_model.py --output peft_cpift/demo/model
+    python benchmarks/train_demo_model.py --output peft_cpift/demo/tiny-llama
 
 A Llama of 0.4 million weights learns operator calls on digits, one character a token. Its lessons are six operators
 that no task uses (copy, rotate, first, last, largest, smallest) and easier forms of the five tasks: shorter strings,

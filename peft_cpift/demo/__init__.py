@@ -4,7 +4,7 @@ from pathlib import Path
 
 from peft_cpift.demo.tasks import TASKS, make_examples, write_tasks
 
-MODEL = Path(__file__).with_name("model")
+MODEL = Path(__file__).with_name("tiny-llama")
 """Folder of a causal language model of 379,488 parameters with a tokenizer of single characters."""
 RECIPE = Path(__file__).with_name("recipe.yaml")
 """The recipe of `cpift demo`."""

@@ -34,7 +34,7 @@ def _overlap(axes: Axes, report: dict[str, Any]) -> None:
     largest = max(matrix[i][j] for i in rank for j in rank if i != j)
     others = [[value if i != j else float("nan") for j, value in enumerate(row)] for i, row in enumerate(matrix)]
     axes.imshow(others, cmap="Blues", vmin=0, vmax=largest or 1)
-    _write(axes, matrix, "{:.2f}", dark=lambda value: largest / 2 < value < 1)
+    _write(axes, matrix, "{:.3f}", dark=lambda value: 0.6 * largest < value < 1)
     _label(axes, order, order)
     corner = -0.5
     for group in report["groups"]:

@@ -20,17 +20,27 @@ def versions() -> dict[str, str]:
     """The machine and the versions that a result depends on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"device": device, "system": platform.platform(), "python": platform.python_version(), **packages}
+    system = f"{platform.system()} {platform.machine()}"
+    return {"device": device, "system": system, "python": platform.python_version(), **packages}
+
+
+def without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it may be shown to others: of each local path the last part only. Names on the Hub stay whole."""
+    local = {key: Path(recipe[key]).name for key in ("output", "data") if recipe[key] is not None}
+    if Path(recipe["model"]).is_dir():
+        local["model"] = Path(recipe["model"]).name
+    return {**recipe, **local}
 
 
 def write_report(report: dict[str, Any], folder: Path, *, picture: bool) -> Path:
     """Write `report.json`, `report.md` and, if asked for, `report.png` to `folder`; all of it or nothing.
 
     Args:
-        report: as gathered by the pipeline's `run`.
+        report: as gathered by the pipeline's `run`. Local paths in its recipe are shortened to their last part.
         folder: must not exist.
         picture: draw the picture too, which needs matplotlib.
     """
+    report = {**report, "recipe": without_paths(report["recipe"])}
     with complete_folder(folder) as temporary:
         write_json(temporary / "report.json", report)
         if picture:
@@ -48,7 +58,7 @@ def page(report: dict[str, Any], *, picture: bool) -> str:
     recipe = report["recipe"]
     tuner = recipe["tuner"] if isinstance(recipe["tuner"], str) else recipe["tuner"]["peft_type"]
     parts = [
-        f"# CPI-FT on {Path(recipe['model']).name}",
+        f"# CPI-FT on {recipe['model']}",
         f"{len(tasks)} tasks, tuner `{tuner}`, core p = {recipe['core']['percent']:g} %, "
         f"threshold {recipe['grouping']['threshold']:g}, seed {recipe['seed']}.",
     ]

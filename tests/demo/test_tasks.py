@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import peft_cpift.demo
 from peft_cpift.demo.tasks import PROMPTS, TASKS, make_examples, write_tasks
 
-MODEL = Path(peft_cpift.demo.__file__).parent / "model"
+MODEL = peft_cpift.demo.MODEL
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 

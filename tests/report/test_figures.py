@@ -27,7 +27,7 @@ def test_heat_map_is_in_the_order_trained_with_each_group_framed():
     axes = Figure().subplots()
     figures._overlap(axes, REPORT)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "a", "b"]
-    assert texts(axes) == ["1.00", "0.20", "0.30", "0.20", "1.00", "0.10", "0.30", "0.10", "1.00"]
+    assert texts(axes) == ["1.000", "0.200", "0.300", "0.200", "1.000", "0.100", "0.300", "0.100", "1.000"]
     frames = [(p.get_x(), p.get_width()) for p in axes.patches if isinstance(p, Rectangle)]
     assert frames == [(-0.5, 1), (0.5, 2)]
 

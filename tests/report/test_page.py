@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from peft_cpift.report.page import page, score_table, write_report
+from peft_cpift.report.page import page, score_table, without_paths, write_report
 
 
 @pytest.fixture
@@ -19,6 +19,8 @@ def report() -> dict:
     return {
         "recipe": {
             "model": "org/tiny",
+            "output": "/home/me/runs/first",
+            "data": "/home/me/data",
             "tuner": {"peft_type": "PROPULSION"},
             "core": {"percent": 1.0},
             "grouping": {"threshold": 0.1},
@@ -64,9 +66,18 @@ def test_page_says_what_was_run_and_found(report):
 def test_files_of_the_report(report, tmp_path):
     folder = write_report(report, tmp_path / "report", picture=True)
     assert {file.name for file in folder.iterdir()} == {"report.json", "report.md", "report.png"}
-    assert json.loads((folder / "report.json").read_text()) == report
+    shown = json.loads((folder / "report.json").read_text())
+    assert shown.pop("recipe") == {**report["recipe"], "output": "first", "data": "data"}
+    assert shown == {key: value for key, value in report.items() if key != "recipe"}
     folder = write_report(report, tmp_path / "plain", picture=False)
     assert {file.name for file in folder.iterdir()} == {"report.json", "report.md"}
+
+
+def test_a_local_model_is_shown_without_its_folder(report, tmp_path):
+    report["recipe"]["model"] = str(tmp_path)
+    shown = without_paths(report["recipe"])
+    assert shown["model"] == tmp_path.name
+    assert "/" not in shown["output"] + shown["data"]
 
 
 def test_half_a_report_is_not_left_behind(report, tmp_path):

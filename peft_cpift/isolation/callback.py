@@ -24,7 +24,7 @@ class CoreIsolationCallback(TrainerCallback):
     For `transformers.Trainer` and all that derive from it, TRL's `SFTTrainer` among them; for full fine-tuning and
     PEFT adapters, on one process or with DistributedDataParallel. When training begins, the frozen coordinates' values
     are noted; until it ends, their gradients are zeroed before clipping and their values written back after each
-    optimizer step; at the end they are compared bit by bit.
+    optimizer step; at the end they are compared bit by bit. A resumed training keeps the values of its checkpoint.
 
     Args:
         frozen: one or more core regions, or their files. Files are read at once.

@@ -56,8 +56,7 @@ def run(recipe: Recipe) -> Path:
         The folder of the report.
 
     Raises:
-        CpiftError: the recipe, its data or its model cannot be used.
-        RuntimeError: a training diverged.
+        CpiftError: the recipe, its data or its model cannot be used, or a training diverged.
     """
     return _Run(recipe).run()
 

@@ -70,7 +70,7 @@ def resolve_settings(recipe: Recipe, tuner: PeftConfig | None, stage: Mapping[st
         with tempfile.TemporaryDirectory() as folder:
             SFTConfig(output_dir=folder, **settings)
     except (TypeError, ValueError) as error:
-        raise CpiftError(f"training fields {settings}: {' '.join(str(error).split())}") from error
+        raise CpiftError(f"training fields rejected by SFTConfig: {' '.join(str(error).split())}") from error
     return settings
 
 
@@ -158,7 +158,7 @@ def train(
         frozen: core regions held fixed.
 
     Raises:
-        RuntimeError: the loss is not finite.
+        CpiftError: the loss is not finite.
     """
     model = load_model(recipe, start)
     with complete_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
@@ -171,9 +171,7 @@ def train(
         result = trainer.train()
         seconds = time.perf_counter() - began
         if not math.isfinite(result.training_loss):
-            raise RuntimeError(
-                f"the training loss became {result.training_loss} for {output}: lower the learning rate"
-            )
+            raise CpiftError(f"the training loss became {result.training_loss} for {output}: lower the learning rate")
         _save(model, tokenizer, folder)
     tokens = next((entry["num_tokens"] for entry in reversed(trainer.state.log_history) if "num_tokens" in entry), 0)
     return model, Training(

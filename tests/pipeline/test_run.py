@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_cpift import CoreRegion, CpiftError
-from peft_cpift.pipeline import run
+from peft_cpift.pipeline import run, train
 from peft_cpift.pipeline.recipe import parse_recipe
 
 TUNERS = {
@@ -179,3 +179,15 @@ def test_modules_that_the_model_has_not_are_named(tree):
     tree["tuner"] = {"peft_type": "PROPULSION", "target_modules": ["c_attn"]}
     with pytest.raises(CpiftError, match=r"'tuner': .*c_attn"):
         run(parse_recipe(tree))
+
+
+def test_a_training_that_diverges_ends_with_its_name(tree, monkeypatch):
+    def diverge(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        return result._replace(training_loss=float("nan"))
+
+    original = train.SFTTrainer.train
+    monkeypatch.setattr(train.SFTTrainer, "train", diverge)
+    with pytest.raises(CpiftError, match=r"training loss became nan for .*probes/sums: lower the learning rate"):
+        run(parse_recipe(tree))
+    assert not (Path(tree["output"]) / "probes" / "sums").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 from datasets import Dataset, concatenate_datasets, interleave_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from transformers import PreTrainedTokenizerBase
 
 from peft_cpift.errors import CpiftError
 from peft_cpift.pipeline.recipe import TEMPLATES, HubData, Recipe, Task
@@ -29,6 +30,34 @@ def load_tasks(recipe: Recipe) -> dict[str, TaskData]:
         CpiftError: a file or data set is missing or empty, or a row lacks a column, naming it.
     """
     return {name: _load_task(recipe, name, task) for name, task in recipe.tasks.items()}
+
+
+def check_boundaries(recipe: Recipe, data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that every prompt's tokens stay as they are when its completion follows.
+
+    Training takes the tokens of the whole text and leaves out as many as the prompt has by itself. Where the tokenizer
+    joins the end of the prompt with the start of the completion, part of the completion would not be trained, and a
+    completion of one short word not at all.
+
+    Raises:
+        CpiftError: naming the task, the row, and the token that joins both.
+    """
+    for name, task in data.items():
+        for split, rows in (("train", task.train), ("test", task.test)):
+            candidates = [rows["completion"]]
+            if split == "test" and recipe.tasks[name].choices:
+                candidates += [[choice] * len(rows) for choice in recipe.tasks[name].choices]
+            alone = tokenizer(list(rows["prompt"])).input_ids
+            for completions in candidates:
+                texts = [a + b for a, b in zip(rows["prompt"], completions, strict=True)]
+                for number, (head, full) in enumerate(zip(alone, tokenizer(texts).input_ids, strict=True)):
+                    if full[: len(head)] != head or len(full) == len(head):
+                        odd = next((b for a, b in zip(head, full, strict=False) if a != b), full[-1])
+                        raise CpiftError(
+                            f"row {number} of the {split} data of task '{name}': the tokenizer joins the end of the "
+                            f"prompt with the completion, in {tokenizer.convert_ids_to_tokens(odd)!r}; end 'prompt' in "
+                            "a newline rather than a space, or change the row"
+                        )
 
 
 def mixture(parts: list[Dataset], seed: int) -> Dataset:

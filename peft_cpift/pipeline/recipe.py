@@ -181,7 +181,7 @@ class Recipe:
     """A folder with `<task>_train.jsonl` and `<task>_test.jsonl`, rows with `prompt` and `completion`; by default each
     task's data comes from the Hub."""
     prompt: Template = "{{ prompt }}"
-    """How a task's prompt is put to the model, for instance `"Question: {{ prompt }}\\nAnswer: "`."""
+    """How a task's prompt is put to the model, for instance `"Question: {{ prompt }}\\nAnswer:\\n"`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """In which the model is loaded; `auto` is as it was saved."""
     trust_remote_code: bool = False

@@ -85,6 +85,7 @@ class _Run:
         }
         self.tokenizer = load_tokenizer(recipe)
         self.data = rows.load_tasks(recipe)
+        rows.check_boundaries(recipe, self.data, self.tokenizer)
         self.models: list[dict[str, Any]] = []
         self.trainings: list[Training] = []
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import string
 
 import pytest
 from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from peft_cpift import CpiftError
 from peft_cpift.pipeline import data as rows
@@ -59,6 +62,30 @@ def test_balanced_mixture_gives_every_task_the_same_number_of_rows():
     ]
     mixed = rows.balanced_mixture(parts, seed=0)["completion"]
     assert mixed.count("a") == mixed.count("b") == 9
+
+
+def joining_tokenizer(*joined: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters that makes one token of each of the given pairs."""
+    characters = sorted(set(string.printable))
+    vocabulary = {token: i for i, token in enumerate([*characters, *joined])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [tuple(p) for p in joined])))
+
+
+def test_a_prompt_that_the_tokenizer_joins_with_its_completion_is_named(tree):
+    recipe = parse_recipe({**tree, "prompt": "{{ prompt }} "})
+    data = rows.load_tasks(recipe)
+    rows.check_boundaries(recipe, data, joining_tokenizer("= "))  # inside the prompt: no harm
+    joined = " " + data["letters"].train["completion"][5]
+    number = data["letters"].train["completion"][:].index(joined[1])
+    with pytest.raises(CpiftError, match=f"row {number} of the train data of task 'letters': .* in '{joined}'; end"):
+        rows.check_boundaries(recipe, data, joining_tokenizer(joined))
+
+
+def test_choices_are_checked_too(tree):
+    tree["tasks"]["larger"]["choices"] = ["a", "b", "z"]
+    recipe = parse_recipe({**tree, "prompt": "{{ prompt }} "})
+    with pytest.raises(CpiftError, match=r"row 0 of the test data of task 'larger': .* in ' z'"):
+        rows.check_boundaries(recipe, rows.load_tasks(recipe), joining_tokenizer(" z"))
 
 
 @pytest.mark.parametrize(

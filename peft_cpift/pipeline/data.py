@@ -55,8 +55,8 @@ def check_boundaries(recipe: Recipe, data: dict[str, TaskData], tokenizer: PreTr
                         odd = next((b for a, b in zip(head, full, strict=False) if a != b), full[-1])
                         raise CpiftError(
                             f"row {number} of the {split} data of task '{name}': the tokenizer joins the end of the "
-                            f"prompt with the completion, in {tokenizer.convert_ids_to_tokens(odd)!r}; end 'prompt' in "
-                            "a newline rather than a space, or change the row"
+                            f"prompt with the completion, in {tokenizer.convert_ids_to_tokens(odd)!r}; end 'prompt' "
+                            "in a newline rather than a space, or change the row"
                         )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_cpift.errors import CpiftError
+from peft_cpift.errors import CpiftError, NoEffectWarning
 from peft_cpift.propulsion.config import PropulsionConfig
 from peft_cpift.propulsion.layer import Embedding, Linear, PropulsionLayer
 from peft_cpift.propulsion.targets import ATTENTION, ATTENTION_MODULES
@@ -78,6 +80,8 @@ class PropulsionModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: PropulsionConfig, model: nn.Module) -> None:
+        if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            _warn_of_fused_experts(model)
         # every target is checked before the first is replaced, so that a refusal leaves the model as it was
         _maybe_include_all_linear_layers(peft_config, model)
         inside_adapted = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
@@ -137,6 +141,18 @@ class PropulsionModel(BaseTuner):
                 "run one batch per adapter, choosing it with set_adapter."
             )
         yield
+
+
+def _warn_of_fused_experts(model: nn.Module) -> None:
+    """Say that mixture-of-experts layers which keep all experts in one tensor have no linear layer to adapt."""
+    fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "expert" in name]
+    if fused:
+        warnings.warn(
+            f"'all-linear' leaves out the experts, whose weights are fused tensors, not linear layers ({fused[0]} and "
+            f"{len(fused) - 1} more): Propulsion does not adapt them",
+            NoEffectWarning,
+            stacklevel=2,
+        )
 
 
 def _check_supported(model: nn.Module, name: str) -> None:

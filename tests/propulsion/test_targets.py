@@ -13,6 +13,7 @@ import transformers
 from peft import get_peft_model
 from torch import nn
 
+from peft_cpift.errors import NoEffectWarning
 from peft_cpift.propulsion import PropulsionConfig, PropulsionLayer
 from peft_cpift.propulsion.targets import ATTENTION_MODULES
 
@@ -142,3 +143,9 @@ def test_trainable_parameters_of_the_paper(blocks, hidden, expected):
     sizes = {"num_hidden_layers": blocks, "hidden_size": hidden, "num_attention_heads": 8, "vocab_size": 32}
     model = get_peft_model(build("roberta", sizes), PropulsionConfig())
     assert model.get_nb_trainable_parameters()[0] == expected
+
+
+def test_experts_in_fused_tensors_are_not_left_out_in_silence():
+    config = transformers.MixtralConfig(**DECODER, num_local_experts=2)
+    with pytest.warns(NoEffectWarning, match=r"leaves out the experts.*experts\."):
+        get_peft_model(transformers.MixtralForCausalLM(config), PropulsionConfig(target_modules="all-linear"))

@@ -24,7 +24,8 @@ class CoreIsolationCallback(TrainerCallback):
     For `transformers.Trainer` and all that derive from it, TRL's `SFTTrainer` among them; for full fine-tuning and
     PEFT adapters, on one process or with DistributedDataParallel. When training begins, the frozen coordinates' values
     are noted; until it ends, their gradients are zeroed before clipping and their values written back after each
-    optimizer step; at the end they are compared bit by bit. A resumed training keeps the values of its checkpoint.
+    optimizer step; at every checkpoint and at the end they are compared bit by bit. A resumed training keeps the
+    values of its checkpoint.
 
     Args:
         frozen: one or more core regions, or their files. Files are read at once.
@@ -32,7 +33,7 @@ class CoreIsolationCallback(TrainerCallback):
     Raises:
         CpiftError: a file is not a core region; at the start of training, a region does not fit the model, or the
             Trainer shards its parameters (FSDP, DeepSpeed), which is not supported.
-        RuntimeError: at the end of training, if a frozen coordinate changed all the same.
+        RuntimeError: at a checkpoint or at the end of training, if a frozen coordinate changed all the same.
 
     Source: stage 4 of CPI-FT (arXiv 2508.21741), which masks gradients; the restoring and the check are ours.
 
@@ -57,6 +58,10 @@ class CoreIsolationCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Write the frozen values back, right after the optimizer's step."""
         self.frozen.restore()
+
+    def on_save(self, args, state, control, **kwargs):
+        """Check at every checkpoint that nothing moved."""
+        self.frozen.verify()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Check that nothing moved."""

@@ -113,8 +113,7 @@ def freeze_core(
 
     Args:
         model, regions: see `FrozenCore`.
-        optimizer: the torch optimizer whose steps are to leave the coordinates alone. For one that wraps another (as
-            accelerate's does), give the inner one.
+        optimizer: the torch optimizer whose steps are to leave the coordinates alone, or accelerate's wrapper of it.
 
     Raises:
         CpiftError: a region does not fit the model.
@@ -134,8 +133,9 @@ def freeze_core(
         [[False, True]]
     """
     frozen = FrozenCore(model, regions)
+    # accelerate's wrapper is an optimizer too, but hooks run in the one that it wraps
+    after_step = getattr(optimizer, "optimizer", optimizer).register_step_post_hook(lambda *_: frozen.restore())
     frozen.attach()
-    after_step = optimizer.register_step_post_hook(lambda *_: frozen.restore())
     try:
         yield frozen
         frozen.verify()
@@ -150,8 +150,12 @@ def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if hasattr(model, "peft_config"):
-        from peft import get_peft_model_state_dict
+        from peft import PeftModel, get_peft_model_state_dict
 
+        if not isinstance(model, PeftModel):
+            raise CpiftError("adapters added with add_adapter are not supported: put them on with peft.get_peft_model")
+        if model.active_peft_config.is_prompt_learning:
+            raise CpiftError("prompt-learning adapters keep no parameter under its saved name: not supported")
         # Of the live parameters themselves, so that PEFT's own renaming yields the saved name of each.
         named = get_peft_model_state_dict(
             model,

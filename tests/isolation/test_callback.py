@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from peft import IA3Config, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_cpift import CoreIsolationCallback, CoreRegion, CpiftError, PropulsionConfig
@@ -181,3 +181,46 @@ def test_a_file_that_is_no_region_is_refused_at_once(tmp_path):
     (tmp_path / "core.safetensors").write_bytes(b"nonsense")
     with pytest.raises(CpiftError, match=r"core\.safetensors"):
         CoreIsolationCallback(tmp_path / "core.safetensors")
+
+
+class Meddler(TrainerCallback):
+    """Writes to a frozen coordinate after our callback has restored it."""
+
+    def on_optimizer_step(self, args, state, control, *, model, **kwargs):
+        if state.global_step == 0:
+            model.model.layers[0].mlp.down_proj.weight.data.view(-1)[3] += 1
+        else:
+            model.model.layers[0].mlp.down_proj.weight.data.view(-1)[3] -= 1
+
+
+def test_a_wrong_checkpoint_is_noticed_when_it_is_written(tiny_model, sums, tmp_path):
+    model = load(tiny_model, "full")
+    callback = CoreIsolationCallback(make_region(model))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    args = SFTConfig(
+        str(tmp_path), max_steps=2, save_strategy="steps", save_steps=1, use_cpu=True, bf16=False, report_to=[]
+    )
+    trainer = SFTTrainer(model, args, train_dataset=sums, processing_class=tokenizer, callbacks=[callback, Meddler()])
+    with pytest.raises(RuntimeError, match="core isolation was broken"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_adapters_that_have_no_saved_parameters_are_refused(tiny_model):
+    region = CoreRegion({"w": torch.tensor([0])}, {"w": (1,)})
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    )
+    with pytest.raises(CpiftError, match="prompt-learning"):
+        FrozenCore(model, region)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(CpiftError, match="get_peft_model"):
+        FrozenCore(model, region)
+
+
+def test_frozen_embedding_under_an_adapter_is_no_part_of_it(tiny_model):
+    config = PropulsionConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+    assert all(name.endswith("propulsion_z") for name in saved_parameters(model))

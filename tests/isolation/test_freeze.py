@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from peft_cpift import CoreRegion, CpiftError, NoEffectWarning, freeze_core
@@ -202,3 +203,36 @@ def test_a_sparse_gradient_is_refused():
     frozen.attach()
     with pytest.raises(CpiftError, match="sparse gradient"):
         model(torch.tensor([1])).sum().backward()
+
+
+def test_accelerates_optimizer_is_taken_too():
+    model = make_model()
+    optimizer = AcceleratedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1))
+    region = make_region(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with freeze_core(model, optimizer, region):
+        for _ in range(3):
+            step(model, optimizer)
+    check_isolated(before, model, region)
+
+
+def test_no_hook_stays_when_the_optimizer_is_none():
+    model = make_model()
+    with pytest.raises(AttributeError), freeze_core(model, None, make_region(model)):
+        raise AssertionError("not reached")
+    model(torch.randn(4, 6)).sum().backward()
+    assert model[0].weight.grad.flatten()[[0, 7, 29]].all()
+
+
+def test_a_sharded_parameter_is_refused():
+    model = make_model()
+    model[0].weight.ds_shape = model[0].weight.shape  # as DeepSpeed ZeRO-3 marks it
+    with pytest.raises(CpiftError, match=r"'0\.weight' is sharded over processes"):
+        FrozenCore(model, make_region(model))
+
+
+def test_either_name_of_a_tied_tensor_freezes_it():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    model["b"].weight = model["a"].weight
+    for name in ("a.weight", "b.weight"):
+        assert len(FrozenCore(model, CoreRegion({name: torch.tensor([0, 4])}, {name: (3, 3)}))) == 2

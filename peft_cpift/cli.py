@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from peft_cpift.checkpoint.writer import check_free
 from peft_cpift.core import CoreRegion, find_core_region, group_tasks, jaccard_matrix
 from peft_cpift.errors import CpiftError
 from peft_cpift.fusion import fuse
@@ -26,7 +27,7 @@ def main() -> None:
     """Run the command line; what the user can mend is one line and exit code 2, without a traceback."""
     try:
         app()
-    except CpiftError as error:
+    except (CpiftError, OSError) as error:
         print(f"cpift: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -57,6 +58,7 @@ def demo(
     paths = {"model": demo.MODEL, "data": folder / "data", "output": folder / "run"}
     fixed = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]
     recipe = read_recipe(demo.RECIPE, [*fixed, *(overrides or [])])
+    check_free(folder)
     # So small a model gains nothing from a second thread, and loses much where another program wants the core.
     torch.set_num_threads(1)
     demo.write_tasks(folder / "data", train=demo.TRAIN_ROWS, test=demo.TEST_ROWS)
@@ -69,8 +71,11 @@ def core(
     output: Annotated[Path, typer.Option("--output", "-o", help="Region file to write (.safetensors).")],
     base: Annotated[Path | None, typer.Option(help="The same before; not needed for Propulsion adapters.")] = None,
     percent: Annotated[float, typer.Option(help="Share of all coordinates, in percent.")] = 1.0,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Find the core region of a task: the coordinates that fine-tuning moved most."""
+    if output.exists() and not overwrite:
+        raise CpiftError(f"{output} exists: choose another output, or add --overwrite")
     region = find_core_region(tuned, base, percent=percent)
     region.save(output)
     tensors = f"{len(region.indices)} of {len(region.shapes)} tensors"
@@ -106,7 +111,7 @@ def fuse_(
     omega: Annotated[float | None, typer.Option(help="Fixed factor; by default all count alike.")] = None,
     conflict: Annotated[str, typer.Option(help="largest_update, last or mean.")] = "largest_update",
     space: Annotated[str, typer.Option(help="weights or delta.")] = "weights",
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier fusion.")] = False,
 ) -> None:
     """Fuse fine-tuned folders: cores transplanted, all else interpolated spherically."""
     report = fuse(

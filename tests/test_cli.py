@@ -82,6 +82,8 @@ def test_mistakes_are_one_line_and_leave_no_file(call, probes):
     cases = [
         (["core", probes / "none", "-o", probes / "x"], "no folder"),
         (["core", probes / "maths", "-o", probes / "x", "--percent", 101], "percent must be in (0, 100]"),
+        (["core", probes / "maths", "-o", probes / "maths" / "adapter_model.safetensors"], "exists: choose another"),
+        (["demo", "--output", probes / "maths"], "exists: choose another"),
         (["group", f"a={probes / 'none'}"], "cannot read core region"),
         (["group", "nonsense"], "'nonsense' is not of the form task=PATH"),
         (["fuse", "a=x", "--core", "b=y", "--start", "s", "-o", probes / "x"], "cores are given for ['b']"),

@@ -21,10 +21,10 @@ BELOW = {
     "report": {"checkpoint"},
     "demo": set(),
     "pipeline": {"report", "fusion", "isolation", "core", "checkpoint", "propulsion", "errors"},
-    "cli": {"pipeline", "report", "fusion", "core", "demo", "errors"},
+    "cli": {"pipeline", "report", "fusion", "core", "checkpoint", "demo", "errors"},
     "__init__": {"fusion", "isolation", "core", "propulsion", "errors"},
 }
-# These must stay usable without loading the libraries of training, which takes seconds.
+# These need no library of training, whose loading takes seconds, so that they can be used without it one day.
 WITHOUT_TRAINING = {"errors", "checkpoint", "core", "fusion", "demo"}
 TRAINING = {"peft", "transformers", "trl", "accelerate", "datasets"}
 

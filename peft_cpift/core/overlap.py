@@ -16,7 +16,7 @@ def jaccard_index(a: CoreRegion, b: CoreRegion) -> float:
     Two empty regions share nothing, so their index is 0 (ours).
 
     Raises:
-        CpiftError: a tensor has different shapes in the two regions.
+        CpiftError: the regions are of different models: no tensor in common, or one with different shapes.
 
     Source: stage 2 of CPI-FT (arXiv 2508.21741).
 
@@ -27,6 +27,11 @@ def jaccard_index(a: CoreRegion, b: CoreRegion) -> float:
         0.5
     """
     check_same_shapes(a, b)
+    if a.shapes and b.shapes and a.shapes.keys().isdisjoint(b.shapes):
+        raise CpiftError(
+            f"core regions have no tensor in common: one has '{min(a.shapes)}', the other '{min(b.shapes)}'; compare "
+            "regions of one model"
+        )
     shared = sum(
         int(torch.isin(index, b.indices[name], assume_unique=True).sum())
         for name, index in a.indices.items()

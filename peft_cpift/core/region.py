@@ -22,8 +22,8 @@ from peft_cpift.errors import CpiftError, NoEffectWarning
 
 FORMAT = "cpift-core-region"
 FORMAT_VERSION = 1
-# A Propulsion vector starts at 1 whatever the model, so its base is known without a file.
-PROPULSION_SUFFIX = "propulsion_z"
+# PEFT saves an embedding that is adapted along with its adapter, though it is the base model's own and frozen.
+FROZEN_PART = ".base_layer."
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +148,7 @@ def find_core_region(tuned: Source, base: Source | None = None, *, percent: floa
     base = None if base is None else open_source(base)
     shapes = _check_pair(tuned, base)
 
-    floating = {name: shape for name, shape in shapes.items() if _is_floating(tuned, name)}
+    floating = {name: shape for name, shape in shapes.items() if _is_floating(tuned, name) and FROZEN_PART not in name}
     total = sum(math.prod(shape) for shape in floating.values())
     # The decimal as written: in binary floating point 0.29 % of 10,000 would come to 28.
     wanted = math.floor(Fraction(str(percent)) * total / 100)
@@ -178,6 +178,13 @@ def load_regions(
     return [region if isinstance(region, CoreRegion) else CoreRegion.load(region) for region in regions]
 
 
+def starts_at_one(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a tensor is a Propulsion vector that started at 1, so that its base is known without a file."""
+    if isinstance(tensors, Checkpoint) and tensors.adapter_config.get("init_weights", True) is False:
+        return False
+    return name.endswith("propulsion_z")
+
+
 def check_same_shapes(a: CoreRegion, b: CoreRegion) -> None:
     """Raise CpiftError naming the first tensor that has different shapes in the two regions."""
     for name in sorted(a.shapes.keys() & b.shapes.keys()):
@@ -199,12 +206,12 @@ def _check_pair(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) 
     if not shapes:
         raise CpiftError("there is no tensor to compare: give a checkpoint or adapter with weights")
     if base is None:
-        without = [name for name in shapes if not name.endswith(PROPULSION_SUFFIX)]
+        without = [name for name in shapes if FROZEN_PART not in name and not starts_at_one(tuned, name)]
         if without:
             kind = tuned.adapter_config.get("peft_type") if isinstance(tuned, Checkpoint) else None
             raise CpiftError(
                 f"tensor '{without[0]}'{f' of this {kind} adapter' if kind else ''} has no known starting value: give "
-                "base=, the same checkpoint or adapter as saved before training (only Propulsion vectors start at 1)"
+                "base=, the same as saved before training (only Propulsion vectors start at 1, if not told otherwise)"
             )
         return shapes
     base_shapes = shapes_of(base)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from peft_cpift.checkpoint.reader import ADAPTER_WEIGHTS, Checkpoint, working_dtype
 from peft_cpift.checkpoint.writer import ShardWriter, check_free, complete_folder, write_json
-from peft_cpift.core.region import PROPULSION_SUFFIX, CoreRegion
+from peft_cpift.core.region import FROZEN_PART, CoreRegion, starts_at_one
 from peft_cpift.errors import CpiftError, NoEffectWarning
 from peft_cpift.fusion.slerp import LINEAR_ABOVE, slerp
 from peft_cpift.fusion.transplant import CONFLICTS, transplant
 
 SPACES = ("weights", "delta")
+REPORT = "fusion.json"
 # Adapters in which each tensor acts for itself. The mean of two products is not the product of the means, so a
 # LoRA-like adapter, fused factor by factor, would be something else than what its tasks learned.
 FUSABLE_ADAPTERS = ("PROPULSION", "IA3", "LN_TUNING")
@@ -109,7 +111,7 @@ def fuse(
         conflict: what a coordinate in several cores takes: `"largest_update"`, `"last"` or `"mean"`.
         space: interpolate `"weights"` (the paper), or `"delta"`, their differences from `pretrained`.
         linear_above: |cosine| above which to interpolate linearly.
-        overwrite: replace an existing `output`.
+        overwrite: replace an existing `output`, if it is an earlier fusion.
 
     Returns:
         A report of every tensor, also written as `fusion.json` beside the result.
@@ -123,6 +125,7 @@ def fuse(
     """
     output = Path(output)
     check_free(output, overwrite=overwrite)
+    _check_overwritten(output, [start, *tasks.values(), *([] if pretrained is None else [pretrained])])
     _check_settings(tasks, cores, weights, start_weight, omega, conflict, space, linear_above)
     regions = {task: core if isinstance(core, CoreRegion) else CoreRegion.load(core) for task, core in cores.items()}
     base = Checkpoint(start)
@@ -133,23 +136,20 @@ def fuse(
         _check_core(base, regions[task], task)
     if before is not None:
         _check_alike(base, before, "pretrained")
-    elif conflict == "largest_update" or space == "delta":
-        unknown = [name for name in base if not name.endswith(PROPULSION_SUFFIX)]
-        if unknown:
-            raise CpiftError(
-                f"conflict='{conflict}' with space='{space}' needs the value of '{unknown[0]}' before training: give "
-                "pretrained=, or use conflict='last' or 'mean' with space='weights'"
-            )
+    else:
+        _check_starts_known(base, regions.values(), conflict, space)
 
     omegas = _omegas([1.0 if weights is None else weights[task] for task in tasks], start_weight, omega)
     report = FusionReport({})
     with complete_folder(output, overwrite=overwrite) as folder:
         writer = ShardWriter(folder, ADAPTER_WEIGHTS, max_shard_bytes=None) if base.is_adapter else ShardWriter(folder)
         for name in base:
-            _check_finite(name, {"start": base, **tuned})
+            tensors = {task: checkpoint[name] for task, checkpoint in tuned.items()}
+            first = base[name]
+            _check_finite(name, {"start": first, **tensors})
             fused, report.tensors[name] = fuse_tensor(
-                base[name],
-                [checkpoint[name] for checkpoint in tuned.values()],
+                first,
+                list(tensors.values()),
                 [regions[task].indices.get(name, torch.empty(0, dtype=torch.int64)) for task in tasks],
                 omegas,
                 pretrained=_pretrained(before, name, base),
@@ -160,7 +160,7 @@ def fuse(
             writer.add(name, fused)
         writer.close()
         _carry_over(base.folder, folder)
-        write_json(folder / "fusion.json", {"tasks": list(tasks), "omegas": omegas, **report.to_dict()})
+        write_json(folder / REPORT, {"tasks": list(tasks), "omegas": omegas, **report.to_dict()})
     if report.folds and report.linear_folds == report.folds:
         cure = "; space='delta' interpolates their differences from the base" if space == "weights" else ""
         warnings.warn(
@@ -225,7 +225,9 @@ def fuse_tensor(
 def _pretrained(before: Checkpoint | None, name: str, base: Checkpoint) -> Tensor | None:
     if before is not None:
         return before[name]
-    return torch.ones_like(base[name]) if name.endswith(PROPULSION_SUFFIX) else None
+    if starts_at_one(base, name):
+        return torch.ones_like(base[name])
+    return base[name] if FROZEN_PART in name else None
 
 
 def _omegas(weights: Sequence[float], start_weight: float, omega: float | None) -> list[float]:
@@ -238,6 +240,17 @@ def _omegas(weights: Sequence[float], start_weight: float, omega: float | None) 
     return omegas
 
 
+def _check_overwritten(output: Path, inputs: Iterable[str | os.PathLike]) -> None:
+    """Only an earlier fusion is replaced, and only if nothing that is to be fused lies in it."""
+    if not output.exists():
+        return
+    if not (output / REPORT).is_file():
+        raise CpiftError(f"{output} has no {REPORT}, so it is no earlier fusion and not overwritten: choose another")
+    for folder in inputs:
+        if Path(folder).resolve().is_relative_to(output.resolve()):
+            raise CpiftError(f"{output} holds {folder}, which is to be fused: choose another output")
+
+
 def _check_settings(tasks, cores, weights, start_weight, omega, conflict, space, linear_above) -> None:
     if not tasks:
         raise CpiftError("there is no task to fuse")
@@ -246,7 +259,7 @@ def _check_settings(tasks, cores, weights, start_weight, omega, conflict, space,
             raise CpiftError(f"{kind} are given for {sorted(names)}, but the tasks are {sorted(tasks)}: name the same")
     if weights is not None and omega is not None:
         raise CpiftError("weights and omega contradict each other: give one of them")
-    if weights is not None and not all(0 < weight < float("inf") for weight in weights.values()):
+    if weights is not None and not all(isinstance(w, int | float) and 0 < w < float("inf") for w in weights.values()):
         raise CpiftError(f"weights must be positive, got {dict(weights)}")
     if not 0 <= start_weight < float("inf"):
         raise CpiftError(f"start_weight must be at least 0, got {start_weight}")
@@ -280,23 +293,38 @@ def _check_alike(base: Checkpoint, other: Checkpoint, label: str) -> None:
             f"{label} is a {theirs.get('peft_type')} adapter, which cannot be fused tensor by tensor (only "
             f"{', '.join(FUSABLE_ADAPTERS)} can): merge it into its model with merge_and_unload and fuse the models"
         )
-    # How the adapter was last used does not change what its tensors mean.
-    ignored = {"inference_mode", "revision"}
-    differing = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
-    differing = [key for key in differing if key not in ignored and not _same_names(mine.get(key), theirs.get(key))]
+    # How an adapter was last used, and by which release of PEFT, does not change what its tensors mean.
+    keys = sorted((mine.keys() | theirs.keys()) - {"inference_mode", "revision", "peft_version"})
+    differing = [key for key in keys if not _same_setting(key, mine.get(key), theirs.get(key))]
     if differing:
         listed = ", ".join(f"{key}: {theirs.get(key)!r} and {mine.get(key)!r}" for key in differing)
         raise CpiftError(f"the adapters of {label} and start differ in {listed}: fuse adapters of one configuration")
 
 
-def _same_names(a: object, b: object) -> bool:
-    """Whether two lists name the same modules: PEFT saves its sets in any order."""
-    return isinstance(a, list) and isinstance(b, list) and sorted(map(str, a)) == sorted(map(str, b))
+def _same_setting(key: str, a: object, b: object) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return sorted(map(str, a)) == sorted(map(str, b))  # PEFT saves its sets in any order
+    if key == "base_model_name_or_path" and a and b:
+        return Path(str(a)).resolve() == Path(str(b)).resolve()  # one folder has many names
+    return a == b
 
 
-def _check_finite(name: str, checkpoints: Mapping[str, Checkpoint]) -> None:
-    for label, checkpoint in checkpoints.items():
-        if not bool(torch.isfinite(checkpoint[name]).all()):
+def _check_starts_known(base: Checkpoint, regions: Iterable[CoreRegion], conflict: str, space: str) -> None:
+    """Raise CpiftError if a rule asks for a tensor's value before training, which only Propulsion's vectors tell."""
+    claimed = Counter(name for region in regions for name in region.indices)
+    for name in base:
+        asked = space == "delta" or (conflict == "largest_update" and claimed[name] > 1)
+        if asked and not starts_at_one(base, name) and FROZEN_PART not in name:
+            raise CpiftError(
+                f"conflict='{conflict}' with space='{space}' needs the value of '{name}' before training: give "
+                "pretrained=, or use conflict='last' or 'mean' with space='weights'"
+            )
+
+
+def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    for label, tensor in tensors.items():
+        # float8 has no isfinite of its own
+        if tensor.is_floating_point() and not bool(tensor.to(working_dtype(tensor)).isfinite().all()):
             raise CpiftError(f"tensor '{name}' has a value that is not finite in '{label}': that training diverged")
 
 
@@ -313,6 +341,6 @@ def _check_core(base: Checkpoint, region: CoreRegion, task: str) -> None:
 
 def _carry_over(source: Path, target: Path) -> None:
     for file in sorted(source.iterdir()):
-        made_anew = file.name == "fusion.json" or file.name.endswith(".index.json")
+        made_anew = file.name == REPORT or file.name.endswith(".index.json")
         if file.is_file() and file.suffix in CARRIED_SUFFIXES and not made_anew:
             shutil.copy2(file, target / file.name)

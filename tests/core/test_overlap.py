@@ -132,3 +132,10 @@ def test_threshold_out_of_range(threshold):
 
 def test_no_tasks():
     assert jaccard_matrix({}) == group_tasks({}) == []
+
+
+def test_regions_without_a_common_tensor_are_of_different_models():
+    a = CoreRegion({"a": torch.tensor([0])}, {"a": (2,)})
+    b = CoreRegion({"b": torch.tensor([0])}, {"b": (2,)})
+    with pytest.raises(CpiftError, match="no tensor in common: one has 'a', the other 'b'"):
+        jaccard_index(a, b)

@@ -561,3 +561,17 @@ def test_load_regions(tmp_path):
     mixed = load_regions(iter([str(tmp_path / "core.safetensors"), region]))
     assert [as_lists(loaded) for loaded in mixed] == [{"w": [1]}, {"w": [1]}]
     assert load_regions([]) == []
+
+
+def test_embeddings_that_peft_saves_along_are_no_coordinates(tmp_path):
+    tuned = {"embed.propulsion_z": torch.tensor([1.0, 2.0]), "embed.base_layer.weight": torch.ones(9, 2)}
+    assert find_core_region(tuned, percent=50).total == 2
+    base = {"embed.propulsion_z": torch.ones(2), "embed.base_layer.weight": torch.ones(9, 2)}
+    assert len(find_core_region(tuned, base, percent=50)) == 1
+
+
+def test_propulsion_that_did_not_start_at_one_needs_its_base(tmp_path):
+    save_file({"q.propulsion_z": torch.tensor([1.5])}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "PROPULSION", "init_weights": false}')
+    with pytest.raises(CpiftError, match="no known starting value"):
+        find_core_region(tmp_path, percent=100)

@@ -561,18 +561,33 @@ def test_overwrite_replaces_the_whole_folder(tmp_path):
     case = model_case(tmp_path, "far")
     (tmp_path / "fused").mkdir()
     (tmp_path / "fused" / "stale.json").write_text("old")
+    (tmp_path / "fused" / "fusion.json").write_text("{}")
     fuse_quietly(**case.arguments(), overwrite=True)
     assert not (tmp_path / "fused" / "stale.json").exists()
     assert (tmp_path / "fused" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("output", ["start", "maths", "pretrained"])
-def test_an_input_may_be_overwritten(tmp_path, output):
+@pytest.mark.parametrize("marked", [False, True])
+def test_only_an_earlier_fusion_that_holds_no_input_is_overwritten(tmp_path, marked):
     case = model_case(tmp_path, "far")
-    fuse_quietly(**case.arguments())
-    fuse_quietly(**{**case.arguments(), "output": tmp_path / output}, overwrite=True)
-    once, again = read_model(tmp_path / "fused"), read_model(tmp_path / output)
-    assert {name: raw(t) for name, t in again.items()} == {name: raw(t) for name, t in once.items()}
+    (tmp_path / "thesis.txt").write_text("mine")
+    for folder in (tmp_path, *(tmp_path / name for name in ("start", "maths", "pretrained"))):
+        if marked:
+            (folder / "fusion.json").write_text("{}")
+        with pytest.raises(CpiftError, match="which is to be fused" if marked else "no earlier fusion"):
+            fuse_quietly(**{**case.arguments(), "output": folder}, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert read_model(tmp_path / "start")
+
+
+def test_adapters_saved_by_other_releases_or_under_another_path_are_alike(tmp_path):
+    case = adapter_case(tmp_path, "far")
+    for number, file in enumerate(sorted(tmp_path.glob("*/adapter_config.json"))):
+        path = tmp_path / f"away{number}" / ".." / "base"
+        settings = {"peft_version": f"0.21.{number}", "base_model_name_or_path": str(path)}
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    assert number > 1
+    fuse_quietly(**case.arguments(pretrained=False))
 
 
 @pytest.mark.parametrize("place", ["fuse_tensor", "_carry_over", "write_json"])
@@ -582,7 +597,7 @@ def test_an_error_midway_leaves_no_trace(tmp_path, monkeypatch, small_shards, pl
     case = model_case(tmp_path, "far")
     if existing:
         (tmp_path / "fused").mkdir()
-        (tmp_path / "fused" / "old.txt").write_text("old")
+        (tmp_path / "fused" / "fusion.json").write_text("old")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     calls, real = [], getattr(MODULE, place)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from datasets import Dataset, concatenate_datasets, interleave_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from peft_cpift.errors import CpiftError
@@ -32,22 +32,39 @@ def load_tasks(recipe: Recipe) -> dict[str, TaskData]:
     return {name: _load_task(recipe, name, task) for name, task in recipe.tasks.items()}
 
 
-def check_boundaries(recipe: Recipe, data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that every prompt's tokens stay as they are when its completion follows.
+def check_tokens(
+    recipe: Recipe, data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> None:
+    """Check that every prompt's tokens stay as they are when its completion follows, and leave room for it.
 
     Training takes the tokens of the whole text and leaves out as many as the prompt has by itself. Where the tokenizer
     joins the end of the prompt with the start of the completion, part of the completion would not be trained, and a
     completion of one short word not at all.
 
+    Args:
+        max_length: tokens after which training cuts a row; None never does.
+
     Raises:
-        CpiftError: naming the task, the row, and the token that joins both.
+        CpiftError: naming the task, the row, and the token that joins both; or the limit that leaves no completion.
     """
+    limits = {
+        "train": ("training.max_length", max_length),
+        "test": ("evaluation.max_length", recipe.evaluation.max_length),
+    }
     for name, task in data.items():
         for split, rows in (("train", task.train), ("test", task.test)):
             candidates = [rows["completion"]]
             if split == "test" and recipe.tasks[name].choices:
                 candidates += [[choice] * len(rows) for choice in recipe.tasks[name].choices]
             alone = tokenizer(list(rows["prompt"])).input_ids
+            empty = next((number for number, head in enumerate(alone) if not head), None)
+            if empty is not None:
+                raise CpiftError(f"row {empty} of the {split} data of task '{name}' has an empty prompt: remove it")
+            key, limit = limits[split]
+            if limit is not None and all(len(head) >= limit for head in alone):
+                raise CpiftError(
+                    f"no completion in the {split} data of task '{name}' begins within {key}={limit}: raise it"
+                )
             for completions in candidates:
                 texts = [a + b for a, b in zip(rows["prompt"], completions, strict=True)]
                 for number, (head, full) in enumerate(zip(alone, tokenizer(texts).input_ids, strict=True)):
@@ -60,14 +77,15 @@ def check_boundaries(recipe: Recipe, data: dict[str, TaskData], tokenizer: PreTr
                         )
 
 
+def count_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
+    """How many tokens a training sees in one pass over `rows`, ends of sequences included."""
+    lengths = [len(ids) + 1 for ids in tokenizer([a + b for a, b in zip(*rows[:].values(), strict=True)]).input_ids]
+    return sum(lengths if max_length is None else (min(length, max_length) for length in lengths))
+
+
 def mixture(parts: list[Dataset], seed: int) -> Dataset:
     """All rows of several tasks, shuffled."""
     return concatenate_datasets(parts).shuffle(seed=seed)
-
-
-def balanced_mixture(parts: list[Dataset], seed: int) -> Dataset:
-    """Rows of several tasks in equal shares, smaller tasks repeated until the largest is used up."""
-    return interleave_datasets(parts, stopping_strategy="all_exhausted").shuffle(seed=seed)
 
 
 def calibration_sets(data: dict[str, TaskData], fraction: float, seed: int) -> dict[str, Dataset]:
@@ -124,7 +142,7 @@ def _load_files(name: str, folder: Path) -> dict[str, Dataset]:
         try:
             # Each split by itself, since columns that are not used may differ.
             sets[split] = load_dataset("json", data_files=str(file), split="train")
-        except DatasetGenerationError as error:
+        except (DatasetsError, ValueError) as error:
             cause = " ".join(str(error.__cause__ or error).split())
             raise CpiftError(f"task '{name}': {file} is not JSON lines of equal keys: {cause}") from error
     return sets
@@ -136,7 +154,7 @@ def _load_hub(name: str, source: HubData) -> dict[str, Dataset]:
             split: load_dataset(source.name, source.subset, split=getattr(source, split), revision=source.revision)
             for split in ("train", "test")
         }
-    except (DatasetNotFoundError, ValueError, ConnectionError) as error:
+    except (DatasetsError, ValueError, OSError) as error:
         raise CpiftError(
             f"task '{name}' cannot load data set '{source.name}': {' '.join(str(error).split())}; check "
             f"tasks.{name}.hub, or give 'data', a folder of JSON lines"
@@ -154,19 +172,20 @@ def _render(rows: Dataset, source: HubData, prompt: str, where: str) -> Dataset:
     }
     frame = TEMPLATES.from_string(prompt)
 
-    def render(row: dict) -> dict[str, str]:
+    def render(number: int, row: dict) -> dict[str, str]:
         try:
-            rendered = {name: template.render(row) for name, template in templates.items()}
-        except jinja2.TemplateError as error:
+            text = templates["prompt"].render(row)
+            return {"prompt": frame.render(prompt=text), "completion": templates["completion"].render(row)}
+        # What an expression of the user's own can raise.
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise CpiftError(
-                f"the {where} does not fit its template: {error}; its columns are {', '.join(row)}"
+                f"row {number} of the {where} does not fit its template: {error}; its columns are {', '.join(row)}"
             ) from error
-        return {"prompt": frame.render(prompt=rendered["prompt"]), "completion": rendered["completion"]}
 
     if len(rows) == 0:
         raise CpiftError(f"the {where} has no rows")
     # From a list, so that an error raised above is not wrapped and nothing is cached on disk under a stale key.
-    rendered = Dataset.from_list([render(row) for row in rows])
+    rendered = Dataset.from_list([render(number, row) for number, row in enumerate(rows)])
     empty = next((i for i, text in enumerate(rendered["completion"]) if not text.strip()), None)
     if empty is not None:
         raise CpiftError(f"row {empty} of the {where} has an empty completion: remove it")

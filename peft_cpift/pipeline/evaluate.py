@@ -50,9 +50,9 @@ def _score(model, tokenizer, task: Task, rows: Dataset, recipe: Recipe) -> Score
     for batch in _batches(rows["prompt"], rows["completion"], size=size):
         losses, counts = completion_losses(model, tokenizer, *batch, max_length=recipe.evaluation.max_length)
         total, tokens = total + losses.sum().item(), tokens + int(counts.sum())
-    if tokens == 0:
-        raise CpiftError(f"no completion begins within evaluation.max_length={recipe.evaluation.max_length}: raise it")
     loss = total / tokens
+    if not math.isfinite(loss):
+        raise CpiftError(f"a model's held-out loss became {loss}: its training diverged, lower the learning rate")
     if task.metric == "exact_match":
         generated = generate(model, tokenizer, rows["prompt"], size, recipe.evaluation.max_new_tokens)
         got, gold = (

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,14 +26,23 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 def _check_template(text: str) -> str:
     try:
-        TEMPLATES.parse(text)
+        TEMPLATES.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"is not a Jinja template: {error.message}") from error
     return text
 
 
-# A sandbox, since a recipe may come from elsewhere; strict, since a misspelt column must not become an empty string.
-TEMPLATES = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+def _present(value: object) -> object:
+    if value is None:
+        raise ValueError("a column that it uses is null")
+    return value
+
+
+# A sandbox, for a template has no business with Python's inside; strict, since a misspelt or empty column must not
+# become the text "" or "None".
+TEMPLATES = ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined, finalize=_present, keep_trailing_newline=True
+)
 Template = Annotated[str, Field(min_length=1), AfterValidator(_check_template)]
 
 
@@ -113,7 +123,8 @@ class Grouping:
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.1
     """tau: tasks whose cores have at least this Jaccard index are joined."""
     order: Literal["random", "difficulty"] | list[list[str]] = "random"
-    """Order of the groups: shuffled by the seed, easy first by the probe's training loss, or listed."""
+    """Order of the groups: shuffled by the seed, or easy first by the probes' training loss; or the groups themselves,
+    in order, in place of those that the overlaps give."""
 
 
 @dataclass(config=STRICT)
@@ -162,7 +173,7 @@ class Report:
     """What is reported beside the method itself."""
 
     baseline: bool = True
-    """Also train on all tasks mixed, for as many examples as the whole method saw."""
+    """Also train on all tasks mixed, for as many tokens as the whole method saw."""
     picture: bool = True
     """Draw the picture; needs matplotlib."""
 
@@ -216,8 +227,8 @@ class Recipe:
             listed = sorted(task for group in self.grouping.order for task in group)
             if listed != sorted(self.tasks):
                 raise ValueError(f"grouping.order lists {listed}, but the tasks are {sorted(self.tasks)}")
-        if "prompt" not in jinja2.meta.find_undeclared_variables(TEMPLATES.parse(self.prompt)):
-            raise ValueError("'prompt' must contain {{ prompt }}, where the task's prompt goes")
+        if jinja2.meta.find_undeclared_variables(TEMPLATES.parse(self.prompt)) != {"prompt"}:
+            raise ValueError("'prompt' must contain {{ prompt }}, where the task's prompt goes, and no other variable")
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -258,7 +269,7 @@ def read_recipe(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
         tree = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise CpiftError(f"cannot read recipe {file}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise CpiftError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise CpiftError(f"recipe {file} is not a mapping of keys to values: see recipes/ for examples")
@@ -303,7 +314,7 @@ def _explain(problem: dict[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if where == "recipe" or problem["type"] == "value_error":
         return message if where == "recipe" else f"'{where}': {message}"
-    return f"'{where}': {message}, got {problem['input']!r}"
+    return f"'{where}': {message}, got {reprlib.repr(problem['input'])}"
 
 
 def _all_keys() -> list[str]:

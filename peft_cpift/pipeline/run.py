@@ -9,7 +9,7 @@ RUN/multi_stage/NN-<group>/  stage 3: plain fine-tuning over the groups, the fus
 RUN/fused/                   stage 3: the fused parameters
 RUN/stages/NN-<group>/       stage 4: fine-tuned group by group, earlier cores frozen
 RUN/final/                   the result
-RUN/multi_task/              for comparison: all tasks mixed, as many examples
+RUN/multi_task/              for comparison: all tasks mixed, as many tokens
 RUN/report/                  report.md, report.json, report.png
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
+from trl import SFTConfig
 
 from peft_cpift.checkpoint import complete_file
 from peft_cpift.checkpoint.writer import write_json
@@ -65,6 +67,8 @@ class _Run:
     """What the stages share: the recipe, its data, and the record that the report is made of."""
 
     def __init__(self, recipe: Recipe):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise CpiftError("a run works on one process: start it without torchrun or accelerate launch")
         if recipe.output.exists() and (not recipe.output.is_dir() or any(recipe.output.iterdir())):
             raise CpiftError(f"{recipe.output} exists and is not an empty folder: choose another output")
         if recipe.report.picture and importlib.util.find_spec("matplotlib") is None:
@@ -85,19 +89,18 @@ class _Run:
         }
         self.tokenizer = load_tokenizer(recipe)
         self.data = rows.load_tasks(recipe)
-        rows.check_boundaries(recipe, self.data, self.tokenizer)
+        self.max_length = self.settings["probe"].get("max_length", SFTConfig.max_length)
+        rows.check_tokens(recipe, self.data, self.tokenizer, self.max_length)
         self.models: list[dict[str, Any]] = []
         self.trainings: list[Training] = []
 
     def run(self) -> Path:
         for name, task in self.data.items():
             print(f"task {name}: {len(task.train)} rows to train on, {len(task.test)} to score on")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with complete_file(self.folder / "recipe.yaml") as file:
-            file.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), encoding="utf-8")
-
         start = self.folder / "start"
         make_start(self.recipe, self.tuner, self.tokenizer, start)
+        with complete_file(self.folder / "recipe.yaml") as file:
+            file.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), encoding="utf-8")
         self._record("base", load_model(self.recipe, start))
         probes = self._probe(start)
         cores = self._find_cores(start, probes)
@@ -143,14 +146,17 @@ class _Run:
     def _group(self, cores: dict[str, CoreRegion], probes: Mapping[str, Training]) -> list[list[str]]:
         """Stage 2: join tasks whose cores overlap, and order the groups."""
         recipe = self.recipe.grouping
-        groups = group_tasks(cores, recipe.threshold)
-        losses = {task: training.loss for task, training in probes.items()}
-        groups = order_groups(groups, recipe.order, seed=self.recipe.seed, losses=losses)
+        if isinstance(recipe.order, list):
+            groups = recipe.order
+        else:
+            groups = group_tasks(cores, recipe.threshold)
+            losses = {task: training.loss for task, training in probes.items()}
+            groups = order_groups(groups, recipe.order, seed=self.recipe.seed, losses=losses)
         write_json(
             self.folder / "groups.json",
             {"tasks": list(cores), "jaccard": jaccard_matrix(cores), "threshold": recipe.threshold, "groups": groups},
         )
-        print(f"groups at threshold {recipe.threshold}, in order: {', '.join(' + '.join(g) for g in groups)}")
+        print(f"groups in order: {', '.join(' + '.join(group) for group in groups)}")
         return groups
 
     def _fusion_start(self, groups: list[list[str]], start: Path, probes: Mapping[str, Training]) -> Path:
@@ -216,12 +222,16 @@ class _Run:
         return folder
 
     def _multi_task(self, start: Path) -> None:
-        """For comparison: plain fine-tuning on all tasks mixed, on as many examples as all stages together saw."""
-        examples = sum(training.examples for training in self.trainings)
+        """For comparison: plain fine-tuning on all tasks mixed, for as many tokens as all stages together saw."""
         settings = self.settings["multi_task"]
-        batch = settings.get("per_device_train_batch_size", 8) * settings.get("gradient_accumulation_steps", 1)
-        settings["max_steps"] = math.ceil(examples / batch)
-        mixed = rows.balanced_mixture([data.train for data in self.data.values()], self.recipe.seed)
+        mixed = rows.mixture([data.train for data in self.data.values()], self.recipe.seed)
+        batch = settings.get("per_device_train_batch_size", SFTConfig.per_device_train_batch_size)
+        batches = math.ceil(len(mixed) / batch)
+        epoch = math.ceil(batches / settings.get("gradient_accumulation_steps", SFTConfig.gradient_accumulation_steps))
+        share = sum(training.tokens for training in self.trainings) / rows.count_tokens(
+            mixed, self.tokenizer, settings.get("max_length", SFTConfig.max_length)
+        )
+        settings["max_steps"] = max(1, round(share * epoch))
         self._train("multi-task", "multi_task", start, mixed, self.folder / "multi_task")
 
     def _train(
@@ -242,6 +252,8 @@ class _Run:
 
     def _record(self, name: str, model: torch.nn.Module, training: Training | None = None) -> None:
         """Score a model on every task, and keep the result on disk at once."""
+        if torch.accelerator.is_available() and not self.settings["probe"].get("use_cpu"):
+            model = model.to(torch.accelerator.current_accelerator())
         scores = evaluate(model, self.tokenizer, self.recipe, self.data)
         average = normalised_average(scores)
         self.models.append(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from datasets import Dataset
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_config, get_peft_model
+from pydantic import TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -25,8 +27,22 @@ from peft_cpift.fusion.fuse import FUSABLE_ADAPTERS
 from peft_cpift.isolation import CoreIsolationCallback
 from peft_cpift.pipeline.recipe import Recipe
 
-# Set by the run itself, so a recipe may not.
-OWN_SETTINGS = {"output_dir": "the recipe's output", "seed": "the recipe's seed", "data_seed": "the recipe's seed"}
+# Fields of SFTConfig that a run sets itself or cannot honour, and what to do instead.
+REFUSED_SETTINGS = {
+    "output_dir": "use the recipe's output",
+    "seed": "use the recipe's seed",
+    "data_seed": "use the recipe's seed",
+    "model_init_kwargs": "use the recipe's dtype and trust_remote_code",
+    "eval_strategy": "every model is scored when its stage ends",
+    "save_strategy": "every model is saved when its stage ends",
+    "load_best_model_at_end": "a stage's last model is its result",
+    "resume_from_checkpoint": "a run does not resume",
+    "push_to_hub": "push the run's final folder when it is done",
+    "deepspeed": "a run works on one process",
+    "fsdp": "a run works on one process",
+    "fsdp_config": "a run works on one process",
+}
+POSITIVE_SETTINGS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
 PROPULSION_LEARNING_RATE = 1e-3
 """Default for Propulsion in place of SFTConfig's 2e-5, which hardly moves a scale (measured, see the README)."""
 
@@ -54,24 +70,47 @@ def resolve_settings(recipe: Recipe, tuner: PeftConfig | None, stage: Mapping[st
     Raises:
         CpiftError: a field that SFTConfig has not, that the run sets itself, or whose value SFTConfig rejects.
     """
-    settings: dict[str, Any] = {"report_to": [], "save_strategy": "no", "activation_checkpointing": False}
-    if not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()):
+    settings: dict[str, Any] = {
+        "report_to": [],
+        "save_strategy": "no",
+        "activation_checkpointing": False,
+        "logging_nan_inf_filter": False,  # it would hide that a training has diverged
+    }
+    if not torch.accelerator.is_available():
         settings |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
     if tuner is not None and tuner.peft_type == "PROPULSION":
         settings["learning_rate"] = PROPULSION_LEARNING_RATE
-    settings |= {**recipe.training, **stage}
-    for name in OWN_SETTINGS.keys() & settings.keys():
-        raise CpiftError(f"training field '{name}' is set by the run: use {OWN_SETTINGS[name]}")
-    known = SFTConfig.__dataclass_fields__
-    for name in settings:
-        if name not in known:
-            raise CpiftError(f"unknown training field '{name}': see the fields of trl.SFTConfig")
+    settings |= _check_fields({**recipe.training, **stage})
     try:
         with tempfile.TemporaryDirectory() as folder:
             SFTConfig(output_dir=folder, **settings)
     except (TypeError, ValueError) as error:
         raise CpiftError(f"training fields rejected by SFTConfig: {' '.join(str(error).split())}") from error
     return settings
+
+
+def _check_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The given fields of SFTConfig, converted to their types; SFTConfig itself takes any value for most of them."""
+    types = get_type_hints(SFTConfig)
+    checked = {}
+    for name, value in fields.items():
+        if name in REFUSED_SETTINGS:
+            raise CpiftError(f"training field '{name}' is not for a recipe: {REFUSED_SETTINGS[name]}")
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            cure = f"did you mean '{near[0]}'?" if near else "see the fields of trl.SFTConfig"
+            raise CpiftError(f"unknown training field '{name}': {cure}")
+        try:
+            checked[name] = TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            raise CpiftError(f"training field '{name}': {error.errors()[0]['msg']}, got {value!r}") from None
+        if name in POSITIVE_SETTINGS and not 0 < checked[name] < math.inf:
+            raise CpiftError(f"training field '{name}' must be positive, got {value!r}")
+    if checked.get("max_steps", -1) < 1 and checked.get("max_steps", -1) != -1:
+        raise CpiftError(f"training field 'max_steps' must be at least 1, or -1 for none, got {fields['max_steps']!r}")
+    if checked.get("max_length") is not None and checked["max_length"] < 2:
+        raise CpiftError(f"training field 'max_length' must be at least 2, got {fields['max_length']!r}")
+    return checked
 
 
 def resolve_tuner(recipe: Recipe) -> PeftConfig | None:
@@ -158,7 +197,7 @@ def train(
         frozen: core regions held fixed.
 
     Raises:
-        CpiftError: the loss is not finite.
+        CpiftError: the loss or a trained parameter is not finite.
     """
     model = load_model(recipe, start)
     with complete_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
@@ -170,8 +209,9 @@ def train(
         began = time.perf_counter()
         result = trainer.train()
         seconds = time.perf_counter() - began
-        if not math.isfinite(result.training_loss):
-            raise CpiftError(f"the training loss became {result.training_loss} for {output}: lower the learning rate")
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        if not math.isfinite(result.training_loss) or not all(bool(p.isfinite().all()) for p in trained):
+            raise CpiftError(f"the training of {output} diverged, its loss is {result.training_loss}: lower the rate")
         _save(model, tokenizer, folder)
     tokens = next((entry["num_tokens"] for entry in reversed(trainer.state.log_history) if "num_tokens" in entry), 0)
     return model, Training(

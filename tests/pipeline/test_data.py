@@ -55,13 +55,35 @@ def test_calibration_sets_are_equally_large_parts_of_the_training_rows(tree):
         assert set(zip(part["prompt"], part["completion"], strict=True)) <= pairs
 
 
-def test_balanced_mixture_gives_every_task_the_same_number_of_rows():
-    parts = [
-        Dataset.from_list([{"prompt": f"{name}{i}", "completion": name} for i in range(n)])
-        for name, n in (("a", 3), ("b", 9))
-    ]
-    mixed = rows.balanced_mixture(parts, seed=0)["completion"]
-    assert mixed.count("a") == mixed.count("b") == 9
+def test_tokens_of_a_pass_are_counted_as_training_cuts_them():
+    data = Dataset.from_list([{"prompt": "abc", "completion": "de"}, {"prompt": "a", "completion": "b"}])
+    assert rows.count_tokens(data, joining_tokenizer(), None) == 6 + 3
+    assert rows.count_tokens(data, joining_tokenizer(), 4) == 4 + 3
+
+
+def test_limits_that_leave_no_completion_are_named(tree):
+    recipe = parse_recipe(tree)
+    data = rows.load_tasks(recipe)
+    with pytest.raises(CpiftError, match=r"train data of task 'sums' begins within training\.max_length=4: raise it"):
+        rows.check_tokens(recipe, data, joining_tokenizer(), 4)
+    recipe.evaluation.max_length = 4
+    with pytest.raises(CpiftError, match=r"test data of task 'sums' begins within evaluation\.max_length=4: raise it"):
+        rows.check_tokens(recipe, data, joining_tokenizer(), None)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ prompt + 5 }}", "row 0 .* does not fit"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ other }}", "'other' is"),
+    ],
+)
+def test_templates_that_do_not_fit_their_rows_are_named(tree, monkeypatch, template, message):
+    monkeypatch.setattr(rows, "load_dataset", lambda *a, **k: Dataset.from_list([{"prompt": "a", "completion": "b"}]))
+    tree |= {"data": None, "tasks": {name: {"hub": {"name": "x", "prompt": template}} for name in "ab"}}
+    with pytest.raises(CpiftError, match=message):
+        rows.load_tasks(parse_recipe(tree))
 
 
 def joining_tokenizer(*joined: str) -> PreTrainedTokenizerFast:
@@ -74,18 +96,18 @@ def joining_tokenizer(*joined: str) -> PreTrainedTokenizerFast:
 def test_a_prompt_that_the_tokenizer_joins_with_its_completion_is_named(tree):
     recipe = parse_recipe({**tree, "prompt": "{{ prompt }} "})
     data = rows.load_tasks(recipe)
-    rows.check_boundaries(recipe, data, joining_tokenizer("= "))  # inside the prompt: no harm
+    rows.check_tokens(recipe, data, joining_tokenizer("= "), 64)  # inside the prompt: no harm
     joined = " " + data["letters"].train["completion"][5]
     number = data["letters"].train["completion"][:].index(joined[1])
     with pytest.raises(CpiftError, match=f"row {number} of the train data of task 'letters': .* in '{joined}'; end"):
-        rows.check_boundaries(recipe, data, joining_tokenizer(joined))
+        rows.check_tokens(recipe, data, joining_tokenizer(joined), 64)
 
 
 def test_choices_are_checked_too(tree):
     tree["tasks"]["larger"]["choices"] = ["a", "b", "z"]
     recipe = parse_recipe({**tree, "prompt": "{{ prompt }} "})
     with pytest.raises(CpiftError, match=r"row 0 of the test data of task 'larger': .* in ' z'"):
-        rows.check_boundaries(recipe, rows.load_tasks(recipe), joining_tokenizer(" z"))
+        rows.check_tokens(recipe, rows.load_tasks(recipe), joining_tokenizer(" z"), 64)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +115,9 @@ def test_choices_are_checked_too(tree):
     [
         ("", "empty file"),
         ("{not json\n", "is not JSON lines"),
+        ("\n\n", "is not JSON lines"),
+        ('{"prompt": "a", "completion": null}\n', "row 0 of the train data of task 'sums' .* is null"),
+        ('{"prompt": "a"}\n', "row 0 of the train data of task 'sums' .* 'completion' is undefined"),
         (
             '{"question": "1", "completion": "2"}\n',
             r"train data of task 'sums' does not fit .* 'prompt' is undefined; its columns are question",

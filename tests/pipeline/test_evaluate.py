@@ -99,7 +99,9 @@ def test_average_is_on_the_papers_scale():
     assert normalised_average({"a": Score(1.0, 0.5), "b": Score(2.0, 1.0)}) == 7.5
 
 
-def test_a_length_that_leaves_no_completion_is_an_error(loaded, tree):
-    recipe = parse_recipe({**tree, "evaluation": {"max_length": 2}})
-    with pytest.raises(CpiftError, match=r"evaluation\.max_length=2"):
-        evaluate(*loaded, recipe, load_tasks(recipe))
+def test_a_model_that_diverged_is_an_error(tiny_model, tree):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    model.model.norm.weight.data.fill_(float("inf"))
+    recipe = parse_recipe(tree)
+    with pytest.raises(CpiftError, match="held-out loss became nan"):
+        evaluate(model, tokenizer, recipe, load_tasks(recipe))

@@ -71,6 +71,9 @@ def test_overrides_reach_any_depth_and_are_yaml(tmp_path):
         ({"fusion": {"start": "x"}}, "'fusion.start': Input should be 'multi_stage', 'last_probe' or 'pretrained'"),
         ({"grouping": {"order": [["a"]]}}, "grouping.order lists ['a'], but the tasks are ['a', 'b']"),
         ({"prompt": "{{ prompt"}, "'prompt': is not a Jinja template"),
+        ({"prompt": "{{ prompt }}{{ foo }}"}, "and no other variable"),
+        ({"prompt": "{{ prompt | nonsense }}"}, "'prompt': is not a Jinja template: No filter named 'nonsense'"),
+        ({"seed": ["x" * 10000]}, "'seed': Input should be a valid integer, got ['xxxx"),
         ({"prompt": "no place"}, "'prompt' must contain {{ prompt }}"),
         (
             {"tasks": {"a": {"metric": "choice"}, "b": {}}},

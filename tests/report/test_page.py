@@ -58,6 +58,8 @@ def test_page_says_what_was_run_and_found(report):
     assert "| maths | 0.125 | 1.000 | 4 of 500 |" in text
     assert "Groups in the order trained: maths + code." in text
     assert "8 coordinates transplanted, 1 of them in several cores; 2 of 6 interpolations linear." in text
+    head = ["stage", "steps", "rows seen", "tokens seen", "learning rate", "loss", "frozen", "seconds"]
+    assert head in cells(text)
     assert ["final", "7", "28", "345", "0.005", "1.000", "4", "2.0"] in cells(text)
     assert "report.png" in text
     assert "report.png" not in page(report, picture=False)

@@ -104,7 +104,8 @@ def fuse(
             carried over, and its dtypes kept.
         output: the folder to write; it appears when it is complete.
         pretrained: folder of theta_0, before any fine-tuning. Not needed for Propulsion adapters, which start at 1,
-            nor where no rule asks for it (`conflict` other than `"largest_update"`, `space="weights"`).
+            nor where no rule asks for it: with `space="weights"`, and no tensor that has coordinates in several cores
+            or another `conflict` than `"largest_update"`.
         weights: name -> w_n > 0; default 1 each.
         start_weight: w_0 >= 0; 0 forgets the start.
         omega: a fixed factor in [0, 1] in place of weights, as in the paper.

@@ -31,7 +31,8 @@ def transplant(
         tuned: per task, the same coordinates after fine-tuning: shape and dtype of `target`.
         cores: per task, flat indices into them, int64, unique.
         conflict: one of `CONFLICTS`.
-        pretrained: the values before fine-tuning, shape of `target`; needed for `"largest_update"`.
+        pretrained: the values before fine-tuning, shape of `target`; needed for `"largest_update"` if any coordinate
+            is in several cores.
 
     Returns:
         How many coordinates are in more than one core.
@@ -46,9 +47,12 @@ def transplant(
         >>> target
         tensor([5., 7., 0.])
     """
-    union, owners = torch.cat([*cores, cores[0][:0]]).unique(return_counts=True) if cores else (None, None)
-    if union is None or union.numel() == 0:
+    if conflict not in CONFLICTS:
+        raise ValueError(f"unknown conflict rule '{conflict}': use one of {', '.join(CONFLICTS)}")
+    union, owners = torch.cat([torch.empty(0, dtype=torch.int64), *cores]).unique(return_counts=True)
+    if union.numel() == 0:
         return 0
+    shared = owners > 1
     dtype = working_dtype(target, *tuned)
     chosen = target[union]
     best = torch.full(union.shape, -1.0, dtype=dtype)
@@ -56,18 +60,13 @@ def transplant(
     for values, core in zip(tuned, cores, strict=True):
         at = torch.searchsorted(union, core)
         mine = values[core]
-        if conflict == "largest_update":
+        if conflict == "largest_update" and bool(shared.any()):
             moved = (mine.to(dtype) - pretrained[core].to(dtype)).abs()
             wins = moved > best[at]
             chosen[at[wins]], best[at[wins]] = mine[wins], moved[wins]
-        elif conflict == "last":
-            chosen[at] = mine
-        elif conflict == "mean":
+        else:
             chosen[at] = mine
             total[at] += mine.to(dtype)
-        else:
-            raise ValueError(f"unknown conflict rule '{conflict}': use one of {', '.join(CONFLICTS)}")
-    shared = owners > 1
     if conflict == "mean":
         chosen[shared] = (total[shared] / owners[shared]).to(chosen.dtype)
     target[union] = chosen

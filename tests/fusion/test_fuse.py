@@ -840,3 +840,22 @@ def test_a_fused_adapter_loads_with_peft(tmp_path, llama_folder):
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "fused")
     vectors = {n.replace(".default", ""): p for n, p in loaded.named_parameters() if "propulsion_z" in n}
     assert {name: raw(p.detach()) for name, p in vectors.items()} == {name: raw(t) for name, t in fused.items()}
+
+
+def test_models_whose_cores_lie_in_different_tensors_need_no_pretrained(tmp_path):
+    for name, value in (("start", 0.0), ("a", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        save_file({"v": torch.full((3,), value), "w": torch.full((3,), value)}, tmp_path / name / "model.safetensors")
+    shapes = {"v": (3,), "w": (3,)}
+    cores = {
+        "a": CoreRegion({"v": torch.tensor([0])}, shapes),
+        "b": CoreRegion({"w": torch.tensor([2])}, shapes),
+    }
+    tasks = {name: tmp_path / name for name in cores}
+    fuse_quietly(tasks=tasks, cores=cores, start=tmp_path / "start", output=tmp_path / "fused")
+    fused = load_file(tmp_path / "fused" / "model.safetensors")
+    assert fused["v"].tolist() == [1.0, 1.0, 1.0]
+    assert fused["w"].tolist() == [1.0, 1.0, 2.0]
+    cores["b"] = CoreRegion({"v": torch.tensor([2])}, shapes)
+    with pytest.raises(CpiftError, match="needs the value of 'v' before training"):
+        fuse_quietly(tasks=tasks, cores=cores, start=tmp_path / "start", output=tmp_path / "again")

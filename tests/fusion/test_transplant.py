@@ -153,3 +153,10 @@ def test_the_tasks_are_left_alone():
 def test_an_unknown_rule():
     with pytest.raises(ValueError, match="unknown conflict rule 'first': use one of largest_update, last, mean"):
         transplant(torch.zeros(1), [torch.ones(1)], [torch.tensor([0])], conflict="first")
+
+
+def test_without_conflicts_nothing_before_training_is_asked_for():
+    target = torch.zeros(4)
+    tuned = [torch.full((4,), 5.0), torch.full((4,), 7.0)]
+    assert transplant(target, tuned, [torch.tensor([0, 3]), torch.tensor([1])], pretrained=None) == 0
+    assert target.tolist() == [5.0, 7.0, 0.0, 5.0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """Whether the folder holds a PEFT adapter rather than a whole model."""
         return (self.folder / ADAPTER_WEIGHTS).is_file()
 
-    @property
+    @cached_property
     def adapter_config(self) -> dict:
         """The adapter's configuration, as saved; empty for a whole model. CpiftError if an adapter has none."""
         return read_json(self.folder / ADAPTER_CONFIG) if self.is_adapter else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +78,15 @@ def check_tokens(
                         )
 
 
-def count_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
-    """How many tokens a training sees in one pass over `rows`, ends of sequences included."""
-    lengths = [len(ids) + 1 for ids in tokenizer([a + b for a, b in zip(*rows[:].values(), strict=True)]).input_ids]
-    return sum(lengths if max_length is None else (min(length, max_length) for length in lengths))
+def training_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[int]:
+    """Tokens of every row that training keeps, ends of sequences included.
+
+    TRL cuts a row at `max_length`, and drops it if that leaves nothing of its completion.
+    """
+    prompts = tokenizer(list(rows["prompt"])).input_ids
+    texts = tokenizer([a + b for a, b in zip(rows["prompt"], rows["completion"], strict=True)]).input_ids
+    limit = math.inf if max_length is None else max_length
+    return [min(len(text) + 1, limit) for prompt, text in zip(prompts, texts, strict=True) if len(prompt) < limit]
 
 
 def mixture(parts: list[Dataset], seed: int) -> Dataset:

@@ -89,14 +89,16 @@ class _Run:
         }
         self.tokenizer = load_tokenizer(recipe)
         self.data = rows.load_tasks(recipe)
-        self.max_length = self.settings["probe"].get("max_length", SFTConfig.max_length)
-        rows.check_tokens(recipe, self.data, self.tokenizer, self.max_length)
+        rows.check_tokens(recipe, self.data, self.tokenizer, self._max_length("probe"))
         self.models: list[dict[str, Any]] = []
         self.trainings: list[Training] = []
 
     def run(self) -> Path:
         for name, task in self.data.items():
-            print(f"task {name}: {len(task.train)} rows to train on, {len(task.test)} to score on")
+            kept = len(rows.training_lengths(task.train, self.tokenizer, self._max_length("probe")))
+            cut = f" ({len(task.train) - kept} more are cut by max_length before their completion)"
+            more = cut if kept < len(task.train) else ""
+            print(f"task {name}: {kept} rows to train on{more}, {len(task.test)} to score on")
         start = self.folder / "start"
         make_start(self.recipe, self.tuner, self.tokenizer, start)
         with complete_file(self.folder / "recipe.yaml") as file:
@@ -225,14 +227,16 @@ class _Run:
         """For comparison: plain fine-tuning on all tasks mixed, for as many tokens as all stages together saw."""
         settings = self.settings["multi_task"]
         mixed = rows.mixture([data.train for data in self.data.values()], self.recipe.seed)
+        lengths = rows.training_lengths(mixed, self.tokenizer, self._max_length("multi_task"))
         batch = settings.get("per_device_train_batch_size", SFTConfig.per_device_train_batch_size)
-        batches = math.ceil(len(mixed) / batch)
-        epoch = math.ceil(batches / settings.get("gradient_accumulation_steps", SFTConfig.gradient_accumulation_steps))
-        share = sum(training.tokens for training in self.trainings) / rows.count_tokens(
-            mixed, self.tokenizer, settings.get("max_length", SFTConfig.max_length)
-        )
-        settings["max_steps"] = max(1, round(share * epoch))
+        batches = math.ceil(len(lengths) / batch)
+        steps = math.ceil(batches / settings.get("gradient_accumulation_steps", SFTConfig.gradient_accumulation_steps))
+        epochs = sum(training.tokens for training in self.trainings) / sum(lengths)
+        settings["max_steps"] = max(1, round(epochs * steps))
         self._train("multi-task", "multi_task", start, mixed, self.folder / "multi_task")
+
+    def _max_length(self, stage: str) -> int | None:
+        return self.settings[stage].get("max_length", SFTConfig.max_length)
 
     def _train(
         self,

@@ -55,10 +55,11 @@ def test_calibration_sets_are_equally_large_parts_of_the_training_rows(tree):
         assert set(zip(part["prompt"], part["completion"], strict=True)) <= pairs
 
 
-def test_tokens_of_a_pass_are_counted_as_training_cuts_them():
+def test_lengths_are_those_of_the_rows_that_training_keeps():
     data = Dataset.from_list([{"prompt": "abc", "completion": "de"}, {"prompt": "a", "completion": "b"}])
-    assert rows.count_tokens(data, joining_tokenizer(), None) == 6 + 3
-    assert rows.count_tokens(data, joining_tokenizer(), 4) == 4 + 3
+    assert rows.training_lengths(data, joining_tokenizer(), None) == [6, 3]
+    assert rows.training_lengths(data, joining_tokenizer(), 4) == [4, 3]
+    assert rows.training_lengths(data, joining_tokenizer(), 3) == [3]
 
 
 def test_limits_that_leave_no_completion_are_named(tree):

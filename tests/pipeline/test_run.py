@@ -267,13 +267,17 @@ def test_every_stage_has_its_own_settings_rows_and_frozen_cores(tree):
         assert (made[name]["learning_rate"], made[name]["examples"], made[name]["frozen"]) == wanted, name
 
 
-@pytest.mark.parametrize("training", [{"num_train_epochs": 2}, {"max_steps": 5, "gradient_accumulation_steps": 3}])
+@pytest.mark.parametrize(
+    "training",
+    [{"num_train_epochs": 2}, {"max_steps": 5, "gradient_accumulation_steps": 3}, {"max_length": 34}],
+)
 def test_baseline_sees_as_many_tokens_as_the_method(tree, task_folder, tmp_path, training):
     folder = tmp_path / "uneven"
     folder.mkdir()
     for split in ("train", "test"):
         for name, row, count in (("short", ("1+1=", "2"), 96), ("long", ("abcdefghij" * 3, "abcdefghij" * 2), 8)):
             lines = [json.dumps({"prompt": row[0], "completion": row[1]})] * count
+            lines += [json.dumps({"prompt": "a" * 40, "completion": "b"})] * 60  # dropped where max_length is 34
             (folder / f"{name}_{split}.jsonl").write_text("\n".join(lines))
     tree |= {"data": str(folder), "tasks": {"short": {"test_samples": 4}, "long": {"test_samples": 4}}}
     tree["training"] = {"per_device_train_batch_size": 4, "disable_tqdm": True, "learning_rate": 0.01, **training}

@@ -22,8 +22,6 @@ from peft_cpift.errors import CpiftError, NoEffectWarning
 
 FORMAT = "cpift-core-region"
 FORMAT_VERSION = 1
-# PEFT saves an embedding that is adapted along with its adapter, though it is the base model's own and frozen.
-FROZEN_PART = ".base_layer."
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +146,7 @@ def find_core_region(tuned: Source, base: Source | None = None, *, percent: floa
     base = None if base is None else open_source(base)
     shapes = _check_pair(tuned, base)
 
-    floating = {name: shape for name, shape in shapes.items() if _is_floating(tuned, name) and FROZEN_PART not in name}
+    floating = {name: shape for name, shape in shapes.items() if _is_floating(tuned, name) and not is_frozen(name)}
     total = sum(math.prod(shape) for shape in floating.values())
     # The decimal as written: in binary floating point 0.29 % of 10,000 would come to 28.
     wanted = math.floor(Fraction(str(percent)) * total / 100)
@@ -176,6 +174,16 @@ def load_regions(
     if isinstance(regions, CoreRegion | str | os.PathLike):
         regions = [regions]
     return [region if isinstance(region, CoreRegion) else CoreRegion.load(region) for region in regions]
+
+
+def is_frozen(name: str) -> bool:
+    """Whether a tensor of a saved adapter is the base model's own: PEFT saves an embedding that is adapted with it.
+
+    Example:
+        >>> is_frozen("base_model.model.model.embed_tokens.base_layer.weight")
+        True
+    """
+    return name.endswith(".base_layer.weight")
 
 
 def starts_at_one(tensors: Mapping[str, Tensor], name: str) -> bool:
@@ -206,7 +214,7 @@ def _check_pair(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) 
     if not shapes:
         raise CpiftError("there is no tensor to compare: give a checkpoint or adapter with weights")
     if base is None:
-        without = [name for name in shapes if FROZEN_PART not in name and not starts_at_one(tuned, name)]
+        without = [name for name in shapes if not is_frozen(name) and not starts_at_one(tuned, name)]
         if without:
             kind = tuned.adapter_config.get("peft_type") if isinstance(tuned, Checkpoint) else None
             raise CpiftError(

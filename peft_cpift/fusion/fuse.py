@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_cpift.checkpoint.reader import ADAPTER_WEIGHTS, Checkpoint, working_dtype
 from peft_cpift.checkpoint.writer import ShardWriter, check_free, complete_folder, write_json
-from peft_cpift.core.region import FROZEN_PART, CoreRegion, starts_at_one
+from peft_cpift.core.region import CoreRegion, is_frozen, starts_at_one
 from peft_cpift.errors import CpiftError, NoEffectWarning
 from peft_cpift.fusion.slerp import LINEAR_ABOVE, slerp
 from peft_cpift.fusion.transplant import CONFLICTS, transplant
@@ -228,7 +228,7 @@ def _pretrained(before: Checkpoint | None, name: str, base: Checkpoint) -> Tenso
         return before[name]
     if starts_at_one(base, name):
         return torch.ones_like(base[name])
-    return base[name] if FROZEN_PART in name else None
+    return base[name] if is_frozen(name) else None
 
 
 def _omegas(weights: Sequence[float], start_weight: float, omega: float | None) -> list[float]:
@@ -315,7 +315,7 @@ def _check_starts_known(base: Checkpoint, regions: Iterable[CoreRegion], conflic
     claimed = Counter(name for region in regions for name in region.indices)
     for name in base:
         asked = space == "delta" or (conflict == "largest_update" and claimed[name] > 1)
-        if asked and not starts_at_one(base, name) and FROZEN_PART not in name:
+        if asked and not starts_at_one(base, name) and not is_frozen(name):
             raise CpiftError(
                 f"conflict='{conflict}' with space='{space}' needs the value of '{name}' before training: give "
                 "pretrained=, or use conflict='last' or 'mean' with space='weights'"

@@ -575,3 +575,25 @@ def test_propulsion_that_did_not_start_at_one_needs_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "PROPULSION", "init_weights": false}')
     with pytest.raises(CpiftError, match="no known starting value"):
         find_core_region(tmp_path, percent=100)
+
+
+def test_vectors_and_biases_inside_a_wrapper_count():
+    # experts whose two tensors are scaled are wrapped one inside the other, and biases are trained where they stand
+    tuned = {
+        "experts.propulsion_z": torch.tensor([1.0, 1.0]),
+        "experts.base_layer.propulsion_z": torch.tensor([1.5, 1.0]),
+        "q_proj.base_layer.bias": torch.tensor([0.0, 3.0]),
+    }
+    base = {
+        "experts.propulsion_z": torch.ones(2),
+        "experts.base_layer.propulsion_z": torch.ones(2),
+        "q_proj.base_layer.bias": torch.zeros(2),
+    }
+    region = find_core_region(tuned, base=base, percent=34)
+    assert region.total == 6
+    assert {name: list(indices) for name, indices in region.indices.items()} == {
+        "experts.base_layer.propulsion_z": [0],
+        "q_proj.base_layer.bias": [1],
+    }
+    with pytest.raises(ValueError, match=r"q_proj\.base_layer\.bias' has no known starting value"):
+        find_core_region(tuned, percent=34)

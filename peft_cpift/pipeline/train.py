@@ -43,6 +43,8 @@ REFUSED_SETTINGS = {
     "fsdp_config": "a run works on one process",
 }
 POSITIVE_SETTINGS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+# Two names of one field: transformers 5.23 brought the first, and reads the second only where the first is not set.
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 PROPULSION_LEARNING_RATE = 1e-3
 """Default for Propulsion in place of SFTConfig's 2e-5, which hardly moves a scale (measured, see the README)."""
 
@@ -73,7 +75,6 @@ def resolve_settings(recipe: Recipe, tuner: PeftConfig | None, stage: Mapping[st
     settings: dict[str, Any] = {
         "report_to": [],
         "save_strategy": "no",
-        "activation_checkpointing": False,
         "logging_nan_inf_filter": False,  # it would hide that a training has diverged
     }
     if not torch.accelerator.is_available():
@@ -81,6 +82,8 @@ def resolve_settings(recipe: Recipe, tuner: PeftConfig | None, stage: Mapping[st
     if tuner is not None and tuner.peft_type == "PROPULSION":
         settings["learning_rate"] = PROPULSION_LEARNING_RATE
     settings |= _check_fields({**recipe.training, **stage})
+    if not settings.keys() & set(CHECKPOINTING):
+        settings[next(name for name in CHECKPOINTING if hasattr(SFTConfig, name))] = False
     try:
         with tempfile.TemporaryDirectory() as folder:
             SFTConfig(output_dir=folder, **settings)

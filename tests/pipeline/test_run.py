@@ -14,10 +14,12 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
 
 from peft_cpift import CoreRegion, CpiftError, fuse
 from peft_cpift.pipeline import run
 from peft_cpift.pipeline.recipe import parse_recipe
+from peft_cpift.pipeline.train import resolve_settings
 
 TUNERS = {
     "propulsion": {"peft_type": "PROPULSION", "target_modules": ["q_proj", "v_proj", "down_proj"]},
@@ -284,6 +286,12 @@ def test_baseline_sees_as_many_tokens_as_the_method(tree, task_folder, tmp_path,
     made = trainings(run(parse_recipe(tree)).parent)
     baseline = made.pop("multi-task")["tokens"]
     assert baseline == pytest.approx(sum(training["tokens"] for training in made.values()), rel=0.1)
+
+
+@pytest.mark.parametrize(("training", "on"), [({}, False), ({"gradient_checkpointing": True}, True)])
+def test_activations_are_recomputed_only_where_a_recipe_asks_for_it(tree, tmp_path, training, on):
+    settings = resolve_settings(parse_recipe({**tree, "training": training}), None, {})
+    assert SFTConfig(tmp_path, **settings).gradient_checkpointing is on
 
 
 def test_a_training_that_diverges_ends_in_one_line(tree):

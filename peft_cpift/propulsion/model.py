@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_cpift.errors import CpiftError, NoEffectWarning
+from peft_cpift.propulsion.card import TAGS
+from peft_cpift.propulsion.combine import combine_scales, scale_to_z
 from peft_cpift.propulsion.config import PropulsionConfig
-from peft_cpift.propulsion.layer import Embedding, Linear, PropulsionLayer
-from peft_cpift.propulsion.targets import ATTENTION, ATTENTION_MODULES
+from peft_cpift.propulsion.experts import ParamWrapper, is_transposed
+from peft_cpift.propulsion.layer import Conv, Embedding, Linear, PropulsionLayer
+from peft_cpift.propulsion.learning_rate import watch_learning_rate
+from peft_cpift.propulsion.mixed_batch import BASE, adapters_by_row
+from peft_cpift.propulsion.quantized import keep_unpacked
+from peft_cpift.propulsion.targets import ALL, ATTENTION, resolve_preset
+from peft_cpift.propulsion.unsupported import bypassed_by, held_by
 
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# Layers whose weight is read by their parent without calling them, on some devices or in evaluation only: scaling
-# their outputs would silently have no effect there. By the parent's class, and by model type.
-_BYPASSED_IN_CLASS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.MultiheadAttention: ("out_proj",),
-    nn.TransformerEncoderLayer: ("linear1", "linear2"),
-}
-_BYPASSED_IN_MODEL_TYPE: dict[str, tuple[str, ...]] = {
-    "bamba": ("out_proj",),
-    "falcon_h1": ("out_proj",),
-    "falcon_mamba": ("x_proj", "dt_proj", "out_proj"),
-    "granitemoehybrid": ("out_proj",),
-    "jamba": ("dt_proj",),
-    "mamba": ("x_proj", "dt_proj", "out_proj"),
-    "mamba2": ("out_proj",),
-    "nemotron_h": ("out_proj",),
-    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "zamba2": ("out_proj",),
+# by model type, layers whose output the model writes to: the backward pass must not count on it
+_OUTPUT_IS_WRITTEN_TO = {"deberta": ("pos_q_proj",), "falcon": ("dense_4h_to_h",)}
+_LAYER_CLASSES: dict[type[nn.Module], type[PropulsionLayer]] = {
+    nn.Linear: Linear,
+    Conv1D: Linear,
+    nn.Embedding: Embedding,
+    nn.Conv1d: Conv,
+    nn.Conv2d: Conv,
+    nn.Conv3d: Conv,
 }
 
 
 class PropulsionModel(BaseTuner):
     """A model whose targeted layers are followed by a trained scale, `y' = y * z**k`.
 
-    Usually made by `peft.get_peft_model(model, PropulsionConfig(...))`. Only z is trainable (and `modules_to_save`);
-    at the start the model computes exactly what the base model computes.
+    Usually made by `peft.get_peft_model(model, PropulsionConfig(...))`. Only z is trainable (and `modules_to_save`,
+    biases and token embeddings where asked for); at the start the model computes exactly what the base model computes.
 
     Args:
         model: The model to adapt, changed in place.
@@ -66,28 +67,54 @@ class PropulsionModel(BaseTuner):
 
     prefix: str = "propulsion_"
     tuner_layer_cls = PropulsionLayer
-    target_module_mapping = ATTENTION_MODULES
 
     def _prepare_adapter_config(self, peft_config: PropulsionConfig, model_config: dict) -> PropulsionConfig:
-        if peft_config.target_modules == ATTENTION:
-            peft_config.target_modules = None
-        model_type = model_config.get("model_type")
-        if peft_config.target_modules is None and model_type not in self.target_module_mapping:
-            raise CpiftError(
-                f"the query, key and value layers of model type {model_type!r} are not known; "
-                "name them with target_modules, or use target_modules='all-linear'."
-            )
-        return super()._prepare_adapter_config(peft_config, model_config)
+        return peft_config  # presets look at the model itself, in _prepare_model
 
     def _prepare_model(self, peft_config: PropulsionConfig, model: nn.Module) -> None:
-        if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags(list(TAGS))  # the only word of ours in the card that TRL writes when it pushes
+        if peft_config.target_modules is None and not peft_config.target_parameters:
+            peft_config.target_modules = ATTENTION
+        if peft_config.target_modules in (ATTENTION, ALL):
+            names = resolve_preset(peft_config.target_modules, model)
+            if peft_config.layers_to_transform is not None:  # embeddings, given by their full names, are in no block
+                names -= {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+            peft_config.target_modules = names
+        elif peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND and not peft_config.target_parameters:
             _warn_of_fused_experts(model)
         # every target is checked before the first is replaced, so that a refusal leaves the model as it was
         _maybe_include_all_linear_layers(peft_config, model)
         inside_adapted = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+        quantization = get_quantization_kwargs(model)
+        targets = []
         for name, _ in model.named_modules():
             if name and not name.startswith(inside_adapted) and self._check_target_module_exists(peft_config, name):
-                _check_supported(model, name)
+                _check_supported(model, name, quantization)
+                targets.append(name)
+        for path, parameter in model.named_parameters():
+            name = path.replace(".base_layer", "")
+            if any(name == key or name.endswith(f".{key}") for key in peft_config.target_parameters or ()):
+                _check_parameter(name, parameter, model.get_submodule(path.rpartition(".")[0]))
+                targets.append(name)
+        keep_unpacked(model)
+        for pattern in peft_config.degree_pattern:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
+                warnings.warn(
+                    f"degree_pattern has {pattern!r}, which matches none of the scaled layers",
+                    NoEffectWarning,
+                    stacklevel=2,
+                )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter `adapter_name` on the model, see `BaseTuner.inject_adapter`."""
+        if "." in adapter_name or adapter_name == BASE or hasattr(nn.ParameterDict, adapter_name):
+            raise CpiftError(
+                f"{adapter_name!r} cannot name an adapter, because it has a meaning of its own; choose another."
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not self.peft_config[adapter_name].inference_mode:
+            watch_learning_rate(model)
 
     def _create_and_replace(
         self,
@@ -97,20 +124,126 @@ class PropulsionModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, PropulsionLayer):
+        if isinstance(target, PropulsionLayer) and getattr(target, "parameter_name", None) == parameter_name:
             target.update_layer(adapter_name, peft_config)
             return
-        _check_supported(self.model, current_key)  # again: a checkpoint's keys may name other layers than the config
-        new_module = self._create_new_module(peft_config, adapter_name, target, module_name=current_key)
+        if parameter_name is not None:
+            new_module = ParamWrapper(target, adapter_name, peft_config, parameter_name, module_name=current_key)
+        else:
+            quantization = get_quantization_kwargs(self.model)
+            # again: a checkpoint's keys may name other layers than the config
+            _check_supported(self.model, current_key, quantization)
+            new_module = _layer_class(target, quantization)(
+                target, adapter_name, peft_config, module_name=current_key, **quantization
+            )
+            if target_name in _OUTPUT_IS_WRITTEN_TO.get(self.get_model_config(self.model).get("model_type"), ()):
+                new_module.keep_output = False
         self._replace_module(parent, target_name, new_module, target)
 
-    @staticmethod
-    def _create_new_module(
-        peft_config: PropulsionConfig, adapter_name: str, target: nn.Module, **kwargs: Any
-    ) -> PropulsionLayer:
-        layer_class = Embedding if isinstance(target, nn.Embedding) else Linear
-        return layer_class(target, adapter_name, peft_config, **kwargs)
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version copies weights and devices, which ours already share, and fails on wrappers in each other
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops adapter_names without a word unless the tuner looks at them here
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        for name, config in self.peft_config.items():
+            if config.bias != "none" and set(adapter_names) - {name}:
+                raise CpiftError(
+                    f"adapter_names cannot mix {name}, which has trained biases that all rows share; "
+                    "run one batch for each adapter, or train without biases."
+                )
+        with adapters_by_row(self.model, adapter_names, self._expansion(kwargs)):
+            yield
+
+    def _expansion(self, kwargs: dict[str, Any]) -> int:
+        """Return how many rows `generate` makes of one, from its arguments and the model's own settings."""
+        sources = (kwargs.get("generation_config"), getattr(self.model, "generation_config", None))
+        sizes = []
+        for name in ("num_beams", "num_return_sequences"):
+            asked = [kwargs.get(name), *(getattr(source, name, None) for source in sources)]
+            sizes.append(next((size for size in asked if isinstance(size, int)), 1))
+        return max(sizes)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "log"
+    ) -> None:
+        """Add an adapter that is a weighted combination of others, ready to be activated with `set_adapter`.
+
+        The weights say how much of each adapter's change goes in. They need not sum to one: where every adapter
+        leaves an output as it is, so does the combination.
+
+        Args:
+            adapters: Names of adapters on the same layers, without trained biases and `modules_to_save`.
+            weights: One finite number for each of them.
+            adapter_name: The new adapter's name.
+            combination_type: `"log"` combines the logarithms of the scales, `s = prod s_i ** w_i`, so that weights of
+                1 are the same as all adapters active at once; it needs positive scales. `"linear"` combines the
+                changes of the merged weights, `s = 1 + sum w_i (s_i - 1)`.
+
+        Raises:
+            CpiftError: A `ValueError`: an adapter is missing or has more than its z, they scale different layers,
+                or a combined scale has no root z.
+
+        Source: ours.
+
+        Example:
+            >>> from peft import get_peft_model
+            >>> from torch import nn
+            >>> config = PropulsionConfig(target_modules=["0"], init_weights=False)
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config, "a")
+            >>> model.add_adapter("b", config)
+            >>> model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "both")
+            >>> model.set_adapter("both")
+        """
+        self._check_combination(adapters, weights, adapter_name)
+        first = self.peft_config[adapters[0]]
+        layers = [layer for layer in self.model.modules() if isinstance(layer, PropulsionLayer)]
+        layers = [layer for layer in layers if any(name in layer.propulsion_z for name in adapters)]
+        combined = {}
+        with torch.no_grad():
+            for layer in layers:
+                missing = [name for name in adapters if name not in layer.propulsion_z]
+                if missing:
+                    raise CpiftError(
+                        f"{layer.module_name} is scaled by some of {', '.join(adapters)}, but not by "
+                        f"{', '.join(missing)}; combine adapters of the same layers."
+                    )
+                scales = torch.stack([layer.get_scale([name]) for name in adapters])
+                try:
+                    scale = combine_scales(scales, weights, combination_type)
+                    combined[layer] = scale_to_z(scale, layer.degree[adapters[0]])
+                except CpiftError as error:
+                    raise CpiftError(f"{layer.module_name}: {error}") from None
+        config = replace(first, num_vectors=1, init_weights=True, inference_mode=True)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for layer, z in combined.items():
+                layer.propulsion_z[adapter_name].copy_(z)
+
+    def _check_combination(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        if not adapters or len(adapters) != len(weights):
+            raise CpiftError(
+                f"{len(adapters)} adapters cannot be combined with {len(weights)} weights; give one each."
+            )
+        if adapter_name in self.peft_config:
+            raise CpiftError(f"the model has an adapter {adapter_name} already; choose another name, or delete it.")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise CpiftError(f"the model has no adapter {name}; it has {', '.join(self.peft_config)}.")
+            config = self.peft_config[name]
+            for extra in ("modules_to_save", "trainable_token_indices"):
+                if getattr(config, extra):
+                    raise CpiftError(f"{name} has {extra}, which cannot be combined; combine adapters of z alone.")
+            if config.bias != "none":
+                raise CpiftError(f"{name} has trained biases, which cannot be combined; combine adapters of z alone.")
 
     def _check_merge_allowed(self) -> None:
         """Refuse, before any layer is touched, what would not be exact: above all a weight that others share."""
@@ -132,16 +265,6 @@ class PropulsionModel(BaseTuner):
                         f"unmerged, or train one that leaves {name} out."
                     )
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT drops adapter_names without a word unless the tuner looks at them here
-        if kwargs.get("adapter_names") is not None:
-            raise CpiftError(
-                "Propulsion does not support adapter_names (batches that mix adapters); "
-                "run one batch per adapter, choosing it with set_adapter."
-            )
-        yield
-
 
 def _warn_of_fused_experts(model: nn.Module) -> None:
     """Say that mixture-of-experts layers which keep all experts in one tensor have no linear layer to adapt."""
@@ -155,33 +278,66 @@ def _warn_of_fused_experts(model: nn.Module) -> None:
         )
 
 
-def _check_supported(model: nn.Module, name: str) -> None:
+def _layer_class(module: nn.Module, quantization: dict[str, Any]) -> type[PropulsionLayer] | None:
+    """Return the class that scales `module`; None if there is none."""
+    backend = resolve_quantization_backend(module, **quantization)
+    if backend is not None:
+        return Linear if backend.layer_type == "linear" else None
+    return next((ours for theirs, ours in _LAYER_CLASSES.items() if isinstance(module, theirs)), None)
+
+
+def _check_supported(model: nn.Module, name: str, quantization: dict[str, Any]) -> None:
     """Raise a CpiftError with cause and cure if Propulsion cannot serve the module `name` of `model`."""
-    parent_name, _, child_name = name.rpartition(".")
-    module, parent = model.get_submodule(name), model.get_submodule(parent_name)
+    module = model.get_submodule(name)
     if isinstance(module, PropulsionLayer):
         return
     leave_out = f"leave it out with exclude_modules=[{name!r}]"
     if isinstance(module, BaseTunerLayer):
         raise CpiftError(f"{name} is already adapted by another PEFT method; merge or unload that adapter first.")
-    if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+    quantized_by_torchao = type(getattr(module, "weight", None)).__module__.startswith("torchao.")
+    if quantized_by_torchao and "get_apply_tensor_subclass" not in quantization:
         raise CpiftError(
-            f"{name} is a {type(module).__name__}, and Propulsion adapts nn.Linear, Conv1D and nn.Embedding only; "
-            f"{leave_out}."
+            f"{name} was quantized by torchao after the model was loaded, so that its settings are not known; load "
+            f"the model with from_pretrained(..., quantization_config=TorchAoConfig(...)), or {leave_out}."
+        )
+    layer_class = _layer_class(module, quantization)
+    if layer_class is None:
+        raise CpiftError(
+            f"{name} is a {type(module).__name__}, and Propulsion adapts nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, "
+            f"nn.Conv2d and nn.Conv3d only; {leave_out}."
         )
     # the exact class and dtype: quantized layers are often subclasses of nn.Linear, or nn.Linear with another tensor
-    if type(module.weight) is not nn.Parameter or module.weight.dtype not in _PLAIN_DTYPES:
+    quantized = resolve_quantization_backend(module, **quantization) is not None
+    if not quantized and (type(module.weight) is not nn.Parameter or module.weight.dtype not in _PLAIN_DTYPES):
         raise CpiftError(
-            f"{name} stores its weight as {type(module.weight).__name__} of {module.weight.dtype}, and Propulsion "
-            f"adapts unquantized layers only; load the base model unquantized, or {leave_out}."
+            f"{name} stores its weight as {type(module.weight).__name__} of {module.weight.dtype}, a quantization "
+            f"that PEFT does not know; load the base model unquantized, or {leave_out}."
         )
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    bypassed = _BYPASSED_IN_MODEL_TYPE.get(model_type, ())
-    for parent_class, names in _BYPASSED_IN_CLASS.items():
-        if isinstance(parent, parent_class):
-            bypassed += names
-    if child_name in bypassed:
+    if len(held_by(model, module)) > 1:
         raise CpiftError(
-            f"{name} cannot be adapted, because {type(parent).__name__} reads its weight without calling it and the "
-            f"scale would have no effect; {leave_out}."
+            f"{name} is one module under several names, and PEFT would adapt it under one of them only; {leave_out}."
+        )
+    if (reader := bypassed_by(model, name)) is not None:
+        raise CpiftError(
+            f"{name} cannot be adapted, because {reader} reads its weight without calling it and the scale would have "
+            f"no effect; {leave_out}."
+        )
+
+
+def _check_parameter(name: str, parameter: nn.Parameter, module: nn.Module) -> None:
+    """Raise a CpiftError if Propulsion cannot serve a parameter that `target_parameters` names."""
+    if parameter.ndim != 3:
+        raise CpiftError(
+            f"{name} has {parameter.ndim} dimensions, and target_parameters are for tensors (experts, d_out, d_in) or "
+            "(experts, d_in, d_out); name such a one, or a layer with target_modules."
+        )
+    if type(parameter) is not nn.Parameter or parameter.dtype not in _PLAIN_DTYPES:
+        raise CpiftError(
+            f"{name} is a {type(parameter).__name__} of {parameter.dtype}, and target_parameters work on unquantized "
+            "tensors only; load the base model unquantized, or leave it out."
+        )
+    if is_transposed(module) is None:
+        raise CpiftError(
+            f"{name} belongs to a {type(module).__name__}, which does not say where its outputs are; set "
+            "is_transposed on it, True for (experts, d_in, d_out), False for (experts, d_out, d_in), or leave it out."
         )

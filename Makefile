@@ -1,5 +1,5 @@
 # make demo   the whole method on the embedded model, ending with a table and a picture
-# make test   the test suite
+# make test   the test suite; `make test-oldest` runs it with the oldest dependencies that pyproject.toml allows
 # Each sets up what it needs in .venv. See constraints/cpu.txt for the choice of the torch build.
 
 PYTHON ?= python3
@@ -13,13 +13,16 @@ endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-oldest test-slow lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/cpift demo
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow
@@ -39,4 +42,4 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-oldest runs build *.egg-info

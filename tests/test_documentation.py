@@ -37,6 +37,14 @@ def test_files_that_the_readme_names_exist():
         assert (ROOT / name).exists(), name
 
 
+def test_oldest_versions_tested_are_the_lower_bounds():
+    pins = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints/oldest.txt").read_text(), flags=re.MULTILINE)
+    bounds = dict(re.findall(r'"([\w.-]+)>=([\w.]+)"', (ROOT / "pyproject.toml").read_text()))
+    for tool in ("setuptools", "pytest", "hypothesis", "ruff", "torchao"):
+        del bounds[tool]
+    assert dict(pins) == bounds
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)

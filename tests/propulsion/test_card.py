@@ -124,7 +124,7 @@ def test_front_matter_and_text_stay(tmp_path, newline):
 
 
 @pytest.mark.parametrize(
-    "text", [None, "", "Text without an end of line", "---\n---\n", "---\ntags: one\n---\nText\n"]
+    "text", [None, "", "Text without an end of line", "---\n---\n", "---\ntags: [one]\n---\nText\n"]
 )
 def test_every_card_gets_the_section(tmp_path, text):
     adapter_folder(tmp_path)

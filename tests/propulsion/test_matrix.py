@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging import version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -639,8 +640,22 @@ def test_autocast_works_with_float32_scales(name):
     assert not torch.equal(actual.to(expected.dtype), expected)
 
 
+EXPERTS_COMPILE = pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"),
+    reason="transformers before 5.23 cannot compile the backward pass of experts on a CPU, adapted or not",
+)
+
+
 @pytest.mark.parametrize(
-    "name", ["Llama, causal", "GPT-2, causal", "convolutions", "Mixtral, experts", "mean of 3", "degree pattern"]
+    "name",
+    [
+        "Llama, causal",
+        "GPT-2, causal",
+        "convolutions",
+        pytest.param("Mixtral, experts", marks=EXPERTS_COMPILE),
+        "mean of 3",
+        "degree pattern",
+    ],
 )
 def test_compiled_in_one_graph_forward_and_backward_are_the_same(name):
     torch._dynamo.reset()

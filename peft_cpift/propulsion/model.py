@@ -89,6 +89,11 @@ class PropulsionModel(BaseTuner):
         quantization = get_quantization_kwargs(model)
         targets = []
         for name, _ in model.named_modules():
+            if self.prefix in name and not name.startswith(inside_adapted):
+                raise CpiftError(
+                    f"the model has a module {name}, which PEFT would take for a part of an adapter; rename it, so "
+                    f"that its name has no {self.prefix!r}."
+                )
             if name and not name.startswith(inside_adapted) and self._check_target_module_exists(peft_config, name):
                 _check_supported(model, name, quantization)
                 targets.append(name)

@@ -236,6 +236,33 @@ def test_generated_tokens_are_those_of_each_adapter(name, beams):
     assert [row.tolist() for row in actual] == [row.tolist() for row in expected]
 
 
+@pytest.mark.parametrize("where", ["argument", "generation_config", "model"])
+@pytest.mark.parametrize("name", ["Llama", "T5"])
+def test_several_sequences_of_a_row_have_its_adapter(name, where):
+    model = adapted(MODELS[name])
+    asked = {"num_beams": 3, "num_return_sequences": 2}
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    if where == "argument":
+        settings |= asked
+    elif where == "generation_config":
+        settings["generation_config"] = transformers.GenerationConfig(decoder_start_token_id=0, **settings, **asked)
+    else:
+        model.get_base_model().generation_config.update(**asked)
+
+    def generate(rows: slice, **arguments: Any) -> torch.Tensor:
+        return model.generate(input_ids=IDS[rows], attention_mask=torch.ones_like(IDS[rows]), **settings, **arguments)
+
+    expected = []
+    for row, adapter in enumerate(NAMES):
+        expected += generate(slice(row, row + 1), adapter_names=[adapter]).tolist()
+    assert len(expected) == 2 * len(NAMES)
+    assert generate(slice(None), adapter_names=NAMES).tolist() == expected
+    # one row with one adapter is what that adapter alone generates
+    adapter = NAMES[0]
+    model.set_adapter(adapter)
+    assert generate(slice(0, 1)).tolist() == expected[:2]
+
+
 def test_gradients_are_those_of_each_row():
     model = adapted(MODELS["Llama"])
     x = model.get_input_embeddings().base_layer(IDS).detach()

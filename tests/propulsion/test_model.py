@@ -274,6 +274,25 @@ def test_the_rest_of_a_tied_model_merges(make_llama, input_ids):
     assert merged.lm_head.weight is merged.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("name", ["__base__", "a.b", "keys", "pop"])
+def test_adapter_names_with_a_meaning_of_their_own_are_refused(make_llama, name):
+    model = get_peft_model(make_llama(), PropulsionConfig(), "first")
+    with pytest.raises(
+        ValueError, match="cannot name an adapter, because it has a meaning of its own; choose another"
+    ):
+        model.add_adapter(name, PropulsionConfig())
+    assert list(model.peft_config) == ["first"]
+    with pytest.raises(ValueError, match="cannot name an adapter"):
+        get_peft_model(make_llama(), PropulsionConfig(), name)
+
+
+def test_modules_that_peft_would_take_for_an_adapter_are_refused():
+    model = nn.Sequential()
+    model.propulsion_z = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="module propulsion_z, which PEFT would take for a part of an adapter"):
+        get_peft_model(model, PropulsionConfig(target_modules=["propulsion_z"]))
+
+
 def test_a_layer_with_two_names_is_refused():
     class Net(nn.Module):
         def __init__(self):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from peft_cpift.errors import NoEffectWarning
+from peft_cpift.propulsion.float32 import Float32Parameter
 from peft_cpift.propulsion.layer import PropulsionLayer
 
 LARGEST_CHANGE = 0.1
@@ -18,10 +19,10 @@ LARGEST_CHANGE = 0.1
 
 
 def watch_learning_rate(model: nn.Module) -> None:
-    """Look at the first step of any optimizer that has a z of `model`, warn of what looks wrong, and look no further.
+    """Look at the first step of any optimizer that moves a z of `model`, and warn of what looks wrong.
 
     What counts is how z really moves, whatever the optimizer. A step during warm-up is projected to the peak of the
-    learning rate, which torch's schedulers write into the optimizer.
+    learning rate, which torch's schedulers write into the optimizer as `initial_lr`, or `max_lr`.
 
     Warns:
         NoEffectWarning: Most entries of z with a gradient did not move, because the step is lost in float32.
@@ -39,31 +40,41 @@ _watch: _Watch | None = None
 
 
 class _Watch:
-    """What the hooks on all optimizers do, for the models whose first step is still to come."""
+    """What the hooks on all optimizers do at the first step of each z that belongs to a watched model."""
 
     def __init__(self) -> None:
         self.models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self.before: dict[nn.Module, list[_Before]] = {}
+        # by id: looking for the layers of every z at every step would cost time
+        self.judged: dict[int, weakref.ref[Tensor]] = {}
+        self.before: list[list[_Before]] = []
         register_optimizer_step_pre_hook(self.remember)
         register_optimizer_step_post_hook(self.compare)
 
     def remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self.before = {}
-        for model in self.models:
+        new = {
+            id(z): (z, group)
+            for group in optimizer.param_groups
+            for z in group["params"]
+            if isinstance(z, Float32Parameter) and id(z) not in self.judged and z.grad is not None
+        }
+        self.before = []
+        for model in self.models if new else ():
             layers = [layer for layer in model.modules() if isinstance(layer, PropulsionLayer)]
-            of_z = {id(z): (layer, name) for layer in layers for name, z in layer.propulsion_z.items()}
-            self.before[model] = [
-                _Before(*of_z[id(z)], z, z.detach().clone(), group)
-                for group in optimizer.param_groups
-                for z in group["params"]
-                if id(z) in of_z and z.grad is not None and float(group["lr"]) > 0
+            entries = [
+                _Before(layer, name, z, z.detach().clone(), new[id(z)][1])
+                for layer in layers
+                for name, z in layer.propulsion_z.items()
+                if id(z) in new and float(new[id(z)][1]["lr"]) > 0
             ]
+            self.before.append(entries)
 
-    def compare(self, *_: Any) -> None:
-        before, self.before = self.before, {}
-        for model, entries in before.items():
+    def compare(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        before, self.before = self.before, []
+        for entries in before:
             if entries and _judge(entries):
-                self.models.discard(model)
+                for entry in entries:
+                    key = id(entry.z)
+                    self.judged[key] = weakref.ref(entry.z, lambda _, key=key: self.judged.pop(key, None))
 
 
 class _Before(NamedTuple):
@@ -81,6 +92,8 @@ def _judge(entries: list[_Before]) -> bool:
     for entry in entries:
         if entry.z.grad is None:  # some optimizers take it away
             return True
+        if not torch.isfinite(entry.z.grad).all():  # a step that loss scaling skips
+            return False
         pulled = entry.z.grad != 0
         change = (entry.z.detach() - entry.value).abs()
         with_gradient += int(pulled.sum())
@@ -97,7 +110,7 @@ def _judge(entries: list[_Before]) -> bool:
             return False
         warnings.warn(
             f"the learning rate {rate:g} is too small for Propulsion: {unmoved} of {with_gradient} entries of z did "
-            "not move, because in float32 a step below 6e-8 from 1 is lost; start at learning_rate=1e-3.",
+            "not move, because in float32 a step below 6e-8 from 1 is lost; use Adam at learning_rate=1e-3.",
             NoEffectWarning,
             stacklevel=2,
         )
@@ -121,4 +134,4 @@ def _judge(entries: list[_Before]) -> bool:
 def _rates(group: dict[str, Any]) -> tuple[float, float]:
     """Return the learning rate of a group of parameters, now and at its peak."""
     rate = float(group["lr"])
-    return rate, max(rate, float(group.get("initial_lr", rate)))
+    return rate, max(rate, float(group.get("initial_lr", rate)), float(group.get("max_lr", rate)))

@@ -125,16 +125,61 @@ def test_other_optimizers_are_left_alone():
     assert len(step(model, torch.optim.Adam(trained(model), lr=1e-12))) == 1
 
 
-def test_adapters_for_inference_are_not_watched_and_models_can_go():
-    before = len(learning_rate._watch.models) if learning_rate._watch else 0
+def test_an_adapter_that_is_trained_later_is_judged_by_its_own_step():
     config = PropulsionConfig(target_modules=["0"], inference_mode=True)
-    frozen = get_peft_model(nn.Sequential(nn.Linear(4, 8)), config)
-    assert (len(learning_rate._watch.models) if learning_rate._watch else 0) <= before
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 8)), config)
+    model.add_adapter("second", PropulsionConfig(target_modules=["0"]))
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        assert len(step(model, torch.optim.Adam(trained(model), lr=1e-9))) == 1
+        assert step(model, torch.optim.Adam(trained(model), lr=1e-9)) == []
+
+
+def test_a_step_that_loss_scaling_skips_is_not_judged():
     model = adapted()
-    assert model.base_model.model in learning_rate._watch.models
-    del model, frozen
+    optimizer = torch.optim.Adam(trained(model), lr=1e-9)
+    z = model.base_model.model[0].propulsion_z["default"]
+    z.grad = torch.full_like(z, torch.inf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    with torch.no_grad():
+        z.fill_(1)
+    [message] = step(model, torch.optim.Adam(trained(model), lr=1e-9))
+    assert "too small" in message
+
+
+def test_the_peak_of_a_one_cycle_schedule_is_known():
+    model = adapted()
+    optimizer = torch.optim.Adam(trained(model), lr=1e-3)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=100)
+    [message] = step(model, optimizer)
+    assert "learning rate 0.1 is too large" in message
+
+
+@pytest.mark.parametrize(("lost", "remarked"), [(4, False), (5, True)])
+def test_more_than_half_of_the_entries_must_stay(lost, remarked):
+    model = adapted()
+    z = model.base_model.model[0].propulsion_z["default"]
+    z.grad = torch.tensor([1e-6] * lost + [1.0] * (8 - lost))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.optim.SGD([z], lr=1e-3).step()
+    assert bool(caught) == remarked
+
+
+def test_models_can_go_and_leave_nothing_behind():
+    model = adapted()
+    watch = learning_rate._watch
+    step(model, torch.optim.Adam(trained(model), lr=1e-3))
+    z = id(model.base_model.model[0].propulsion_z["default"])
+    assert model.base_model.model in watch.models
+    assert z in watch.judged
+    models = len(watch.models)
+    del model
     gc.collect()
-    assert len(learning_rate._watch.models) <= before
+    assert len(watch.models) < models
+    assert z not in watch.judged
 
 
 def test_a_watched_model_can_be_copied():

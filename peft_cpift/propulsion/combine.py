@@ -24,7 +24,7 @@ def combine_scales(scales: Tensor, weights: list[float], combination: str = "log
         Shape `(...)`, the dtype of `scales`.
 
     Raises:
-        CpiftError: The combination is unknown, a weight is not finite, or a scale has no logarithm.
+        CpiftError: The combination is unknown, a weight or the result is not finite, or a scale has no logarithm.
 
     Source: ours.
 
@@ -43,10 +43,14 @@ def combine_scales(scales: Tensor, weights: list[float], combination: str = "log
     shares = torch.tensor(weights, dtype=torch.float64, device=scales.device).view(-1, *[1] * (scales.ndim - 1))
     wide = scales.double()
     if combination == "linear":
-        return (1 + (shares * (wide - 1)).sum(0)).to(scales.dtype)
-    if not (wide > 0).all():
+        combined = 1 + (shares * (wide - 1)).sum(0)
+    elif (wide > 0).all():
+        combined = (shares * wide.log()).sum(0).exp()
+    else:
         raise CpiftError("a scale <= 0 has no logarithm; use combination_type='linear'.")
-    return (shares * wide.log()).sum(0).exp().to(scales.dtype)
+    if not torch.isfinite(combined.to(scales.dtype)).all():
+        raise CpiftError("the combined scale is NaN or infinite; use smaller weights.")
+    return combined.to(scales.dtype)
 
 
 def scale_to_z(scale: Tensor, degree: int) -> Tensor:

@@ -6,11 +6,13 @@ trainers cast the trained parameters of quantized models by `parameter.data = pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from peft_cpift.errors import CpiftError
 
 
 class Float32Parameter(nn.Parameter):
@@ -52,6 +54,17 @@ class Float32Parameter(nn.Parameter):
         return Float32Parameter, (self.data, self.requires_grad)
 
 
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse vectors that are not finite: attention on some devices hides their effect.
+
+    Raises:
+        CpiftError: A `ValueError` naming the first such tensor, and `where` it was found.
+    """
+    for name, values in tensors.items():
+        if not values.is_meta and not torch.isfinite(values).all():
+            raise CpiftError(f"{name} of {where} is NaN or infinite; the training diverged, or the file is damaged.")
+
+
 class Float32ParameterDict(nn.ParameterDict):
     """A dictionary whose parameters are [`Float32Parameter`]s, however they are put in."""
 
@@ -62,6 +75,12 @@ class Float32ParameterDict(nn.ParameterDict):
                 param.data = param.data.to(torch.float32)
             param.__class__ = Float32Parameter
         super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_finite(
+            {prefix + name: state_dict[prefix + name] for name in self if prefix + name in state_dict}, "the file"
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32ParameterDict:
         before = {name: (p.detach(), None if p.grad is None else p.grad.detach()) for name, p in self.items()}

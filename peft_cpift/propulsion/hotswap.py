@@ -12,13 +12,14 @@ from torch import nn
 
 from peft_cpift.errors import CpiftError
 from peft_cpift.propulsion.config import PropulsionConfig
+from peft_cpift.propulsion.float32 import check_finite
 from peft_cpift.propulsion.layer import PropulsionLayer
 
-_WHAT_IS_COMPUTED = ("degree", "degree_pattern", "num_vectors", "pooling", "bias")
+_WHAT_IS_COMPUTED = ("degree", "degree_pattern", "num_vectors", "pooling", "bias", "trainable_token_indices")
 
 
 def hotswap_adapter(
-    model: nn.Module, model_id: str | os.PathLike, adapter_name: str = "default", **download: Any
+    model: nn.Module, model_name_or_path: str | os.PathLike, adapter_name: str = "default", **download: Any
 ) -> None:
     """Replace the values of a Propulsion adapter by those of a saved one, in place.
 
@@ -26,7 +27,7 @@ def hotswap_adapter(
 
     Args:
         model: A model with the adapter, as made by PEFT; `torch.compile`d or not.
-        model_id: The folder of the other adapter, or its name on the Hub.
+        model_name_or_path: The folder of the other adapter, or its name on the Hub.
         adapter_name: The adapter whose values are replaced.
         download: Passed on to PEFT, for instance `revision` or `token`.
 
@@ -48,27 +49,28 @@ def hotswap_adapter(
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
         raise CpiftError(f"the model has no adapter {adapter_name}; it has {', '.join(configs) or 'none'}.")
-    ours, theirs = configs[adapter_name], PeftConfig.from_pretrained(str(model_id), **download)
+    ours, theirs = configs[adapter_name], PeftConfig.from_pretrained(str(model_name_or_path), **download)
     for config in (ours, theirs):
         if not isinstance(config, PropulsionConfig):
             raise CpiftError(f"a {config.peft_type} adapter cannot be swapped here; use PEFT's own hotswap_adapter.")
     for name in _WHAT_IS_COMPUTED:
         if getattr(ours, name) != getattr(theirs, name):
             raise CpiftError(
-                f"{model_id} has {name}={getattr(theirs, name)!r} and {adapter_name} has {getattr(ours, name)!r}; "
-                "load it with load_adapter instead."
+                f"{model_name_or_path} has {name}={getattr(theirs, name)!r} and {adapter_name} has "
+                f"{getattr(ours, name)!r}; load it with load_adapter instead."
             )
     if any(adapter_name in layer.merged_adapters for layer in model.modules() if isinstance(layer, PropulsionLayer)):
         raise CpiftError(f"{adapter_name} is merged; call unmerge_adapter() before its values are replaced.")
     device = next(model.parameters()).device
-    values = load_peft_weights(str(model_id), device=str(device), **download)
+    values = load_peft_weights(str(model_name_or_path), device=str(device), **download)
     present = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    _check_same_tensors(model_id, values, present)
+    _check_same_tensors(model_name_or_path, values, present)
+    check_finite(values, str(model_name_or_path))
     set_peft_model_state_dict(model, values, adapter_name=adapter_name)
 
 
 def _check_same_tensors(
-    model_id: str | os.PathLike, values: dict[str, torch.Tensor], present: dict[str, torch.Tensor]
+    model_name_or_path: str | os.PathLike, values: dict[str, torch.Tensor], present: dict[str, torch.Tensor]
 ) -> None:
     # models into which transformers injected an adapter name their tensors without PEFT's prefix
     prefix = "base_model.model."
@@ -77,8 +79,9 @@ def _check_same_tensors(
     for name in sorted(values.keys() | present.keys()):
         if values.get(name) != present.get(name):
             raise CpiftError(
-                f"{name} has shape {_shape(values.get(name))} in {model_id} and {_shape(present.get(name))} in the "
-                "model; swap adapters of the same layers, or load it with load_adapter."
+                f"{name} has shape {_shape(values.get(name))} in {model_name_or_path} and "
+                f"{_shape(present.get(name))} in the model; swap adapters of the same layers, or load it with "
+                "load_adapter."
             )
 
 

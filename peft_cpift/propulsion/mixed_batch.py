@@ -16,10 +16,16 @@ from peft_cpift.propulsion.layer import PropulsionLayer
 BASE = "__base__"
 """PEFT's word for the rows of the base model."""
 
+# their layers see the sequence first, and the batch second
+_SEQUENCE_FIRST = ("fsmt", "led", "longformer", "xlnet")
+
 
 @contextmanager
 def adapters_by_row(model: nn.Module, adapter_names: list[str], expansion: int = 1) -> Iterator[None]:
     """Give every adapted layer of `model` the adapter of each row, for the forward passes made inside.
+
+    A layer takes the first dimension of its input for the rows. Models known to do otherwise are refused, and so is
+    any other number of rows; a model of your own in which both happen to be equal is not noticed.
 
     Args:
         model: The adapted model.
@@ -28,10 +34,21 @@ def adapters_by_row(model: nn.Module, adapter_names: list[str], expansion: int =
             sequences. A layer whose input has not been expanded, as in an encoder, is told by its number of rows.
 
     Raises:
-        CpiftError: A `ValueError`: the model is in training mode, a name is unknown, or the names are not a list.
+        CpiftError: A `ValueError`: the model is in training mode, a name is unknown, the names are not a
+            list, or the model's layers do not see the batch first.
     """
-    if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
+    if (
+        not isinstance(adapter_names, (list, tuple))
+        or not adapter_names
+        or not all(isinstance(name, str) for name in adapter_names)
+    ):
         raise CpiftError(f"adapter_names={adapter_names!r} is not a list of names, one for each row of the batch.")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in _SEQUENCE_FIRST:
+        raise CpiftError(
+            f"layers of a {model_type} see the sequence before the batch, so that adapter_names cannot be told apart "
+            "there; run one batch for each adapter."
+        )
     if model.training:
         raise CpiftError("adapter_names work in evaluation only; call model.eval(), or train one adapter at a time.")
     layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
@@ -61,7 +78,8 @@ class _RowsHook:
         if self.is_ours and self.scales is None:
             return args, kwargs | {"base_only": True}
         rows = self.scales if self.is_ours else self.names
-        if self.expansion > 1 and args and len(args[0]) == len(self.names) * self.expansion:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.expansion > 1 and len(x) == len(self.names) * self.expansion:
             if self.expanded is None:
                 self.expanded = (
                     rows.repeat_interleave(self.expansion, 0)

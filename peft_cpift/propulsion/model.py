@@ -76,11 +76,17 @@ class PropulsionModel(BaseTuner):
             model.add_model_tags(list(TAGS))  # the only word of ours in the card that TRL writes when it pushes
         if peft_config.target_modules is None and not peft_config.target_parameters:
             peft_config.target_modules = ATTENTION
+        # a configuration may be used for another model, where the preset means other names
+        preset, resolved = getattr(peft_config, "_preset", (None, None))
+        if resolved is not None and peft_config.target_modules == resolved:
+            peft_config.target_modules = preset
         if peft_config.target_modules in (ATTENTION, ALL):
-            names = resolve_preset(peft_config.target_modules, model)
+            preset = peft_config.target_modules
+            names = resolve_preset(preset, model)
             if peft_config.layers_to_transform is not None:  # embeddings, given by their full names, are in no block
                 names -= {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
             peft_config.target_modules = names
+            peft_config._preset = (preset, set(names))
         elif peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND and not peft_config.target_parameters:
             _warn_of_fused_experts(model)
         # every target is checked before the first is replaced, so that a refusal leaves the model as it was
@@ -96,6 +102,11 @@ class PropulsionModel(BaseTuner):
                 )
             if name and not name.startswith(inside_adapted) and self._check_target_module_exists(peft_config, name):
                 _check_supported(model, name, quantization)
+                if peft_config.trainable_token_indices and isinstance(model.get_submodule(name), nn.Embedding):
+                    raise CpiftError(
+                        f"{name} cannot be scaled while trainable_token_indices trains rows of embeddings; leave it "
+                        f"out with exclude_modules=[{name!r}], or train no tokens."
+                    )
                 targets.append(name)
         for path, parameter in model.named_parameters():
             name = path.replace(".base_layer", "")
@@ -113,13 +124,9 @@ class PropulsionModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter `adapter_name` on the model, see `BaseTuner.inject_adapter`."""
-        if "." in adapter_name or adapter_name == BASE or hasattr(nn.ParameterDict, adapter_name):
-            raise CpiftError(
-                f"{adapter_name!r} cannot name an adapter, because it has a meaning of its own; choose another."
-            )
+        _check_adapter_name(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if not self.peft_config[adapter_name].inference_mode:
-            watch_learning_rate(model)
+        watch_learning_rate(model)
 
     def _create_and_replace(
         self,
@@ -164,7 +171,9 @@ class PropulsionModel(BaseTuner):
                     f"adapter_names cannot mix {name}, which has trained biases that all rows share; "
                     "run one batch for each adapter, or train without biases."
                 )
-        with adapters_by_row(self.model, adapter_names, self._expansion(kwargs)):
+        # PEFT's forward does not pass the inputs on to here, its generate does
+        generates = args or kwargs.keys() & {"input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values"}
+        with adapters_by_row(self.model, adapter_names, self._expansion(kwargs) if generates else 1):
             yield
 
     def _expansion(self, kwargs: dict[str, Any]) -> int:
@@ -234,6 +243,11 @@ class PropulsionModel(BaseTuner):
                 layer.propulsion_z[adapter_name].copy_(z)
 
     def _check_combination(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        _check_adapter_name(adapter_name)
+        if isinstance(adapters, str):
+            raise CpiftError(f"adapters={adapters!r} is one name; give a list of names.")
+        if not all(isinstance(weight, (int, float)) for weight in weights):
+            raise CpiftError(f"weights={weights!r} are not all numbers; give one number for each adapter.")
         if not adapters or len(adapters) != len(weights):
             raise CpiftError(
                 f"{len(adapters)} adapters cannot be combined with {len(weights)} weights; give one each."
@@ -250,14 +264,34 @@ class PropulsionModel(BaseTuner):
             if config.bias != "none":
                 raise CpiftError(f"{name} has trained biases, which cannot be combined; combine adapters of z alone.")
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters, by default the active ones, into the base layers, see `BaseTuner.merge_adapter`."""
+        self._refuse_inexact_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._refuse_inexact_merge(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
     def _check_merge_allowed(self) -> None:
+        pass  # PEFT asks without saying which adapters; _refuse_inexact_merge has looked already
+
+    def _refuse_inexact_merge(self, adapter_names: list[str] | None) -> None:
         """Refuse, before any layer is touched, what would not be exact: above all a weight that others share."""
+        merged = set(adapter_names or self.active_adapters)
         users: dict[int, list[str]] = {}
-        for name, module in self.model.named_modules(remove_duplicate=False):
+        for name, module in self.model.named_modules():
             for parameter in module.parameters(recurse=False):
                 users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
         for name, layer in self.model.named_modules():
-            if not isinstance(layer, PropulsionLayer):
+            if not isinstance(layer, PropulsionLayer) or merged.isdisjoint(layer.propulsion_z):
                 continue
             if obstacle := layer.merge_obstacle():
                 raise CpiftError(obstacle)
@@ -269,6 +303,11 @@ class PropulsionModel(BaseTuner):
                         "all of them; load the base model untied (config.tie_word_embeddings=False), keep the adapter "
                         f"unmerged, or train one that leaves {name} out."
                     )
+
+
+def _check_adapter_name(name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name or name == BASE or hasattr(nn.ParameterDict, name):
+        raise CpiftError(f"{name!r} cannot name an adapter, because it has a meaning of its own; choose another.")
 
 
 def _warn_of_fused_experts(model: nn.Module) -> None:
@@ -315,8 +354,9 @@ def _check_supported(model: nn.Module, name: str, quantization: dict[str, Any]) 
     quantized = resolve_quantization_backend(module, **quantization) is not None
     if not quantized and (type(module.weight) is not nn.Parameter or module.weight.dtype not in _PLAIN_DTYPES):
         raise CpiftError(
-            f"{name} stores its weight as {type(module.weight).__name__} of {module.weight.dtype}, a quantization "
-            f"that PEFT does not know; load the base model unquantized, or {leave_out}."
+            f"{name} stores its weight as {type(module.weight).__name__} of {module.weight.dtype}, neither a plain "
+            "parameter (as without weight norm and other parametrizations) nor a quantization that PEFT knows; load "
+            f"the base model unquantized, or {leave_out}."
         )
     if len(held_by(model, module)) > 1:
         raise CpiftError(

@@ -262,3 +262,9 @@ def test_the_logarithm_of_zero_is_refused_with_the_cure():
     model.base_model.model.linear.propulsion_z["b"].data[1] = 0
     with pytest.raises(ValueError, match=r"^linear: a scale <= 0 has no logarithm; use combination_type='linear'"):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c")
+
+
+@pytest.mark.parametrize(("weight", "combination"), [(1e6, "log"), (1e300, "linear")])
+def test_a_combination_that_is_not_finite_is_refused(weight, combination):
+    with pytest.raises(ValueError, match="the combined scale is NaN or infinite; use smaller weights"):
+        combine_scales(torch.full((1, 2), 1.5), [weight], combination)

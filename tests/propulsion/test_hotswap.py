@@ -85,6 +85,8 @@ def test_a_model_that_transformers_put_the_adapter_on(make_llama, input_ids, oth
         ({"degree": 7}, r"has degree=15 and default has 7"),
         ({"degree_pattern": {"q_proj": 3}}, r"has degree_pattern=\{\}"),
         ({"num_vectors": 2}, r"has num_vectors=1 and default has 2"),
+        ({"pooling": "max"}, r"has pooling='mean' and default has 'max'"),
+        ({"trainable_token_indices": [1, 2]}, r"has trainable_token_indices=None and default has \[1, 2\]"),
         ({"target_modules": ["q_proj"]}, r"k_proj.propulsion_z has shape \(8,\) in .* and none in the model"),
         ({"target_modules": "all-linear"}, r"down_proj.propulsion_z has shape none in .* and \(16,\) in the model"),
     ],
@@ -96,6 +98,21 @@ def test_adapters_that_differ_in_more_than_values_are_refused(make_llama, input_
         hotswap_adapter(model, other)
     assert "\n" not in str(error.value)
     assert torch.equal(logits(model, input_ids), before)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused_before_anything_is_replaced(make_llama, input_ids, other, value):
+    tensors = load_file(other / "adapter_model.safetensors")
+    name = sorted(tensors)[-1]
+    tensors[name][0] = value
+    save_file(tensors, other / "adapter_model.safetensors")
+    model = get_peft_model(make_llama(), PropulsionConfig(**RANDOM))
+    before = logits(model, input_ids)
+    with pytest.raises(ValueError, match=rf"{name} of .*other is NaN or infinite"):
+        hotswap_adapter(model, other)
+    assert torch.equal(logits(model, input_ids), before)
+    with pytest.raises(ValueError, match="is NaN or infinite; the training diverged, or the file is damaged"):
+        PeftModel.from_pretrained(make_llama(), other)
 
 
 def test_another_width_is_refused(make_llama, other):

@@ -317,6 +317,40 @@ def test_trained_biases_are_refused():
     torch.testing.assert_close(logits(model, adapter_names=["first"] * 4), logits(model))
 
 
+def test_rows_of_the_base_model_have_no_trained_biases():
+    model = get_peft_model(MODELS["Llama"][0](), PropulsionConfig(bias="propulsion_only")).eval()
+    with pytest.raises(ValueError, match="cannot mix default, which has trained biases"):
+        model(IDS, adapter_names=["default", "default", "default", "__base__"])
+
+
+def test_models_that_see_the_sequence_first_are_refused():
+    config = transformers.XLNetConfig(vocab_size=32, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    model = get_peft_model(transformers.XLNetModel(config), PropulsionConfig(target_modules=["layer_1"])).eval()
+    with pytest.raises(ValueError, match="xlnet see the sequence before the batch"):
+        model(input_ids=torch.ones(3, 3, dtype=torch.long), adapter_names=["default"] * 3)
+
+
+def test_layers_of_single_experts_are_refused():
+    class Routed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+
+        def forward(self, x):
+            return torch.cat([self.experts[0](x[::2]), self.experts[1](x[1::2])])
+
+    model = get_peft_model(Routed(), PropulsionConfig(target_modules=["0", "1"], init_weights=False)).eval()
+    with pytest.raises(ValueError, match=r"experts\.0 sees only the tokens that are sent to it"):
+        model(torch.ones(4, 4), adapter_names=["default", "__base__"])
+
+
+def test_a_plain_forward_pass_does_not_expand_rows_as_beams():
+    model = adapted(MODELS["Llama"])
+    model.get_base_model().generation_config.update(num_beams=2)
+    with pytest.raises(ValueError, match="rows and not one for each of the 2 adapter_names"):
+        logits(model, adapter_names=NAMES[:2])
+
+
 def test_experts_cannot_be_told_apart():
     base = partial(build, "MixtralForCausalLM", "MixtralConfig", DECODER, num_local_experts=2, num_key_value_heads=2)
     config = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}

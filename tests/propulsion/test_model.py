@@ -449,3 +449,54 @@ def test_trl_trains_saves_and_reloads(make_llama, input_ids, tmp_path):
     assert all((z != 1).any() and z.dtype == torch.float32 for z in trained.values())
     loaded = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")
     assert all(torch.equal(z, trained[name]) for name, z in z_of(loaded).items())
+
+
+@pytest.mark.parametrize("how", ["beside", "deleted"])
+def test_an_adapter_on_tied_weights_does_not_keep_another_from_merging(make_llama, input_ids, how):
+    model = get_peft_model(make_llama(tie_word_embeddings=True), PropulsionConfig(target_modules=["q_proj"]), "a")
+    model.add_adapter("b", PropulsionConfig(target_modules=["embed_tokens"]))
+    randomize(model)
+    expected = logits(model, input_ids)
+    if how == "deleted":
+        model.delete_adapter("b")
+    model.merge_adapter(["a"])
+    assert_near(logits(model, input_ids), expected)
+    if how == "beside":
+        with pytest.raises(ValueError, match="embed_tokens cannot be merged"):
+            model.merge_adapter(["b"])
+
+
+def test_a_preset_means_other_names_in_another_model(make_llama):
+    config = PropulsionConfig(target_modules="all")
+    get_peft_model(make_llama(), config)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(word_embed_proj_dim=16, **sizes))
+    fresh = get_peft_model(copy.deepcopy(opt), PropulsionConfig(target_modules="all"))
+    assert set(z_of(get_peft_model(opt, config))) == set(z_of(fresh))
+
+
+def test_a_combination_with_a_bad_name_leaves_no_trace(make_llama):
+    model = get_peft_model(make_llama(), PropulsionConfig(**RANDOM), "a")
+    with pytest.raises(ValueError, match="cannot name an adapter"):
+        model.add_weighted_adapter(["a"], [1.0], "x.y")
+    for adapters, weights, message in (("a", [1.0], "is one name"), (["a"], ["1"], "not all numbers")):
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(adapters, weights, "b")
+    assert list(model.peft_config) == ["a"]
+
+
+def test_scaled_embeddings_and_trained_tokens_exclude_each_other(make_llama):
+    with pytest.raises(ValueError, match=r"model\.embed_tokens cannot be scaled while trainable_token_indices"):
+        get_peft_model(make_llama(), PropulsionConfig(target_modules="all", trainable_token_indices=[1]))
+
+
+def test_layers_answer_what_models_ask_of_them_and_take_their_arguments_by_name():
+    model = get_peft_model(
+        nn.Sequential(nn.Conv1d(2, 3, 5, stride=2), nn.Embedding(7, 4)), PropulsionConfig(target_modules=["0", "1"])
+    )
+    conv, embedding = model.base_model.model
+    assert (conv.stride, conv.kernel_size, embedding.num_embeddings) == ((2,), (5,), 7)
+    x = torch.randn(1, 2, 9)
+    assert torch.equal(conv(input=x), conv(x))
+    with pytest.raises(AttributeError):
+        _ = conv.nothing_of_the_kind

@@ -49,11 +49,11 @@ def add_loading_section(folder: str | os.PathLike) -> None:
     a card gets one. Each adapter has its own: PEFT saves the adapter `default` to the folder itself, others to
     subfolders.
 
-    A folder without adapter weights is left alone: there is nothing to load from it yet, and who saves a bare
-    configuration may do so anywhere, for instance beside the README of a project.
+    A card beside which there are no adapter weights is left alone: who saves a bare configuration may do so anywhere,
+    for instance beside the README of a project.
 
     Args:
-        folder: Where the adapter was saved, with `adapter_config.json` and the weights.
+        folder: Where the adapter was saved, with `adapter_config.json`.
 
     Raises:
         CpiftError: `adapter_config.json` cannot be read or is not that of a Propulsion adapter, or the card's front
@@ -72,7 +72,7 @@ def add_loading_section(folder: str | os.PathLike) -> None:
         True
     """
     folder = Path(folder)
-    if _has_weights(folder):
+    if _has_weights(folder) or not (folder / _CARD).exists():
         _write_card(folder, repository=None)
 
 

@@ -103,13 +103,13 @@ class ParamWrapper(PropulsionLayer):
                 "without their rows, so that adapter_names cannot be told apart there; run one batch for each adapter."
             )
 
-    def forward(self, x: Tensor, *args: Any, base_only: bool = False, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, base_only: bool = False, **kwargs: Any) -> Any:
         """Return the module's output, with the parameter scaled by the active adapters unless merged or disabled."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         scale = None if self.disable_adapters or self.merged or base_only else self.get_scale(self.active_adapters)
         if scale is None:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         depth, inner = "", self.base_layer
         while isinstance(inner, ParamWrapper):
             depth, inner = depth + "base_layer.", inner.base_layer
@@ -117,7 +117,7 @@ class ParamWrapper(PropulsionLayer):
             depth + key: self._scale_parameter(key, parameter, scale)
             for key, parameter in self._base_parameters().items()
         }
-        return functional_call(self.base_layer, scaled, (x, *args), kwargs)
+        return functional_call(self.base_layer, scaled, args, kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -35,6 +35,11 @@ from peft_cpift.propulsion.quantized import scale_factors, shallow_copy, take_ov
 from peft_cpift.propulsion.scale import propulsion_scale, scale_output
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# what models ask of their convolutions and embeddings beside calling them
+_READ_FROM_OUTSIDE = (
+    *("dilation", "groups", "in_channels", "kernel_size", "out_channels", "padding", "stride"),
+    *("embedding_dim", "num_embeddings", "padding_idx"),
+)
 _WITH_FRESH_OUTPUT = frozenset((nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS))
 
 
@@ -138,19 +143,17 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
                 scale = factor if scale is None else scale * factor
         return scale
 
-    def forward(
-        self, x: Tensor, *args: Any, row_scales: Tensor | None = None, base_only: bool = False, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, *args: Any, row_scales: Tensor | None = None, base_only: bool = False, **kwargs: Any) -> Tensor:
         """Return the base layer's output, scaled by the active adapters unless they are merged or disabled.
 
         Args:
-            x: The base layer's input; further arguments are passed on to it.
+            args: The base layer's arguments, like all further `kwargs`.
             row_scales: The scale of each row of the batch, shape `(rows, d_out)`, instead of the active adapters'.
             base_only: Do not scale in this call.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(*args, **kwargs)
         if self.disable_adapters or base_only:
             return y
         if row_scales is not None:
@@ -195,6 +198,11 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
         names = [name for name in dict.fromkeys(adapter_names) if name in vectors]
         if not names:
             return None
+        if "expert" in self.module_name:
+            raise CpiftError(
+                f"{self.module_name} sees only the tokens that are sent to it, whichever row they are of, so that "
+                "adapter_names cannot be told apart there; run one batch for each adapter."
+            )
         if len({self.degree[name] for name in names}) == 1 and not any(self.pooling[name] for name in names):
             one = torch.ones_like(vectors[names[0]])
             rows = torch.stack([vectors.get(name, one) for name in adapter_names])
@@ -287,6 +295,13 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
             take_over(layer, with_factors)
         else:
             self._quantize_anew(layer, merged["weight"])
+            rounded = backend.get_base_weight(shallow_copy(self.get_base_layer())).to(merged["weight"].dtype)
+            error = float((rounded - merged["weight"]).norm() / merged["weight"].norm().clamp(min=1e-30))
+            warnings.warn(
+                f"merging {', '.join(names)} into {self.module_name} quantized its weight anew, which changed it by "
+                f"{error:.1%}; keep the adapter unmerged if that is too much.",
+                stacklevel=3,
+            )
         if "bias" in merged:
             self.get_base_layer().bias = nn.Parameter(merged["bias"], original.bias.requires_grad)
 
@@ -350,6 +365,11 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
     def _align_weight(self, scale: Tensor) -> Tensor:
         """Shape a scale `(d_out,)` to broadcast against the base layer's weight."""
         return scale
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _READ_FROM_OUTSIDE:
+            return getattr(self.base_layer, name)
+        return super().__getattr__(name)
 
     def __repr__(self) -> str:
         return "propulsion." + super().__repr__()

@@ -98,9 +98,10 @@ class PropulsionScale(torch.autograd.Function):
         # detached, an alias: outputs of linear layers are views, through which autograd would copy whole gradients if
         # it knew of the write. It shares y's version counter, so that a saved y is still noticed.
         result = _multiply(y.detach(), scale, in_place)
-        if keep_output:
+        if keep_output and ctx.needs_input_grad[1]:
             result = result.view_as(result)  # autograd refuses writes to views made here, at once and by name
-        ctx.save_for_backward(result if keep_output else y, scale)
+        kept = result if keep_output else y
+        ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None, scale)
         ctx.keep_output = keep_output
         return result
 

@@ -159,12 +159,15 @@ def test_each_adapter_has_a_card_beside_its_weights(make_llama, tmp_path):
     assert all(HEADING in read(tmp_path / name) for name in ("one", "two"))
 
 
-def test_a_bare_configuration_leaves_the_folder_alone(tmp_path):
-    PropulsionConfig().save_pretrained(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["adapter_config.json"]
+def test_a_bare_configuration_leaves_the_card_of_a_project_alone(tmp_path):
     write(tmp_path, "# A project\n")
     PropulsionConfig().save_pretrained(tmp_path)
     assert read(tmp_path) == "# A project\n"
+
+
+def test_a_configuration_that_is_saved_before_the_weights_gets_a_card(tmp_path):
+    PropulsionConfig().save_pretrained(tmp_path)  # as transformers' save_pretrained does
+    assert HEADING in read(tmp_path)
 
 
 @pytest.mark.parametrize("task", MODEL_TYPE_TO_PEFT_MODEL_MAPPING)

@@ -815,3 +815,12 @@ def test_sfttrainer_trains_the_tokens_that_a_chat_template_adds(load, checkpoint
     sft.save_model(tmp_path / "adapter")
     keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
     assert {key.rsplit(".", 1)[-1] for key in keys} >= {"propulsion_z", "trainable_tokens_delta", "weight"}
+
+
+def test_a_merge_that_quantizes_anew_says_how_much_that_changes():
+    # blocks of 64 values span rows of 96, so that a row's factors are not its own
+    bnb = pytest.importorskip("bitsandbytes")
+    base = bnb.nn.Linear4bit(96, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    model = get_peft_model(torch.nn.Sequential(base), PropulsionConfig(target_modules=["0"], init_weights=False))
+    with pytest.warns(UserWarning, match=r"merging default into 0 quantized its weight anew, which changed it by \d"):
+        model.merge_adapter()

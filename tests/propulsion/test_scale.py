@@ -276,3 +276,22 @@ def test_float64_stays_float64():
     z = torch.tensor([1 + 1e-12], dtype=torch.float64)
     assert propulsion_scale(z, 2).item() == (1 + 1e-12) ** 2
     assert scale_output(torch.ones(1, dtype=torch.float64), z).item() == 1 + 1e-12
+
+
+@pytest.mark.parametrize("mode", ["input", "output"])
+def test_products_for_the_gradient_of_the_scale_are_not_rounded(mode):
+    # 1.0078125**2 needs more bits than bfloat16 has, and one addend cannot hide that
+    y = torch.full((1, 1), 1.0078125, dtype=torch.bfloat16)
+    scale = torch.ones(1, requires_grad=True)
+    scale_output(y, scale, keep=mode).backward(y)
+    assert scale.grad.item() == 1.0078125**2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_frozen_scale_keeps_nothing_of_the_output(mode):
+    kept: list[torch.Tensor] = []
+    linear = torch.nn.Linear(3, 3).requires_grad_(False)
+    y = linear(torch.randn(6, 3, requires_grad=True))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        scale_output(y, torch.full((3,), 1.5), **MODES[mode])
+    assert [t.shape for t in kept] == [(3,)]

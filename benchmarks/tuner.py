@@ -481,9 +481,7 @@ def main() -> None:
     print(page)
     folder = arguments.output or (None if arguments.quick else RESULTS)
     if folder:
-        stem = "-".join(
-            [name, arguments.device, arguments.dtype, *["compile"] * arguments.compile, *["half"] * arguments.half]
-        )
+        stem = "-".join([name, arguments.device, arguments.dtype, *["compile"] * arguments.compile])
         write_json(folder / f"{stem}.json", report)
         with complete_file(folder / f"{stem}.md") as temporary:
             temporary.write_text(page, encoding="utf-8")

@@ -36,7 +36,7 @@ TASKS = {
 WAYS = ("PeftModel", "AutoPeftModel", "AutoModel", "load_adapter")
 # the beginning of every process, and known to this one too
 COMMON = f"""
-import os, traceback, warnings
+import os, warnings
 import torch, peft, transformers
 TASKS, LABELS = {TASKS!r}, {LABELS}
 IDS = 3 + torch.arange(16).reshape(2, 8)
@@ -116,10 +116,8 @@ import peft_cpift
 results = {}
 
 def attempt(case, load):
-    try:
-        results[case] = result(load())
-    except Exception:
-        results[case] = traceback.format_exc()
+    print(case, flush=True)  # the last line names the case that failed
+    results[case] = result(load())
 
 for task, (base, _) in TASKS.items():
     for way, load in ways(task, os.path.abspath(base), os.path.abspath(task)).items():
@@ -146,7 +144,7 @@ errors = {}
 for way, load in ways("CAUSAL_LM", "me/tiny", "me/peft").items():
     try:
         load()
-    except Exception as error:
+    except KeyError as error:
         errors[way] = repr(error)
 
 results = {}
@@ -184,7 +182,6 @@ def snippet(card: str) -> str:
 
 
 def assert_same(actual: dict | str, expected: dict) -> None:
-    assert isinstance(actual, dict), actual  # otherwise it is a traceback
     assert actual["dtype"] == expected["dtype"]
     assert torch.equal(actual["logits"], expected["logits"])
     assert len(actual["z"]) == len(expected["z"]) > 0
@@ -240,7 +237,7 @@ def expected(folder, hub) -> dict:
 
 @pytest.fixture(scope="module")
 def loaded(folder, expected, hub) -> dict:
-    """What a process computed that loaded them all, or the traceback."""
+    """What a process computed that loaded them all."""
     stderr = run(LOAD, folder, hub.environment(folder / "other-home"))
     return torch.load(folder / "loaded.pt") | {"stderr": stderr}
 

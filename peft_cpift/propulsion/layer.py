@@ -218,10 +218,8 @@ class PropulsionLayer(nn.Module, BaseTunerLayer):
                 f"the output of {self.module_name} has {len(y)} rows and not one for each of the {len(row_scales)} "
                 "adapter_names, so that they cannot be told apart there; run one batch for each adapter."
             )
-        scale = self._align(row_scales, y)
-        keep_output = self.keep_output and len(y) == len(row_scales)
-        in_place = keep_output and self._output_is_fresh() and not torch.is_grad_enabled()
-        return scale_output(y, scale, keep="output" if in_place else "input", in_place=in_place)
+        in_place = not torch.is_grad_enabled() and len(y) == len(row_scales) and self._output_is_fresh()
+        return scale_output(y, self._align(row_scales, y), keep="output" if in_place else "input", in_place=in_place)
 
     def _align(self, scale: Tensor, y: Tensor) -> Tensor:
         """Shape scales `(d_out,)`, or `(rows, d_out)` of a mixed batch, to broadcast against an output `y`."""

@@ -56,7 +56,7 @@ def scale_factors(layer: nn.Module, scale: Tensor) -> bool:
     """Scale the rows of a quantized layer's weight, without writing to any tensor that the layer now holds.
 
     Args:
-        layer: A linear layer of bitsandbytes or torchao.
+        layer: A linear layer of bitsandbytes or torchao, as [`shallow_copy`] returns it.
         scale: Shape `(d_out,)`, float32.
 
     Returns:
@@ -70,7 +70,6 @@ def scale_factors(layer: nn.Module, scale: Tensor) -> bool:
         merged = _view(weight)
         if weight.SCB is not None:
             merged.SCB = weight.SCB * scale
-        layer.state = copy.copy(layer.state)
         if layer.state.SCB is not None:
             layer.state.SCB = layer.state.SCB * scale
     elif kind == "Params4bit":

@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Literal
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from peft_cpift.core.region import CoreRegion, load_regions
 from peft_cpift.errors import CpiftError
+from peft_cpift.isolation.engines import loss_scale
 from peft_cpift.isolation.freeze import FrozenCore
 
-# The engines in which every process holds whole parameters and the optimizer steps on these very tensors. Others shard
-# them, or step on copies inside backward, where a value written back here would not hold.
-WHOLE_PARAMETERS = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+Regions = CoreRegion | str | os.PathLike | Iterable[CoreRegion | str | os.PathLike]
+
+# Engines that keep weights where nothing written here would hold.
+REFUSED_ENGINES = {DistributedType.MEGATRON_LM, DistributedType.XLA}
 
 
-class CoreIsolationCallback(TrainerCallback):
+class CoreIsolationCallback(TrainerCallback, ExportableState):
     """Holds core regions fixed, to the bit, while a Trainer trains everything else.
 
     For `transformers.Trainer` and all that derive from it, TRL's `SFTTrainer` among them; for full fine-tuning and
-    PEFT adapters, on one process or with DistributedDataParallel. When training begins, the frozen coordinates' values
-    are noted; until it ends, their gradients are zeroed before clipping and their values written back after each
-    optimizer step; at every checkpoint and at the end they are compared bit by bit. A resumed training keeps the
-    values of its checkpoint.
+    PEFT adapters; on one process, with DistributedDataParallel, FSDP2 or DeepSpeed ZeRO. When training begins, the
+    frozen coordinates' values are noted; until it ends, their gradients are zeroed before clipping and their values
+    written back inside each optimizer step; at every checkpoint and at the end they are compared bit by bit.
+
+    Each log entry of the training gets two figures: `cpift/frozen_fraction`, the frozen share of the trained
+    coordinates, and `cpift/masked_grad_norm`, the norm of the gradient taken from them in the last step: how hard the
+    task pulls at the frozen core. transformers calls reporters such as W&B before a user's callbacks, so they
+    see them only after `trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(callback))`.
+
+    Checkpoints keep a fingerprint of the frozen values, and a training that is resumed from one, on any number of
+    processes, stops at once if they are not those from before the training.
 
     Args:
-        frozen: one or more core regions, or their files. Files are read at once.
+        frozen: one or more core regions, or their files, which are read at once. Or a schedule: a mapping from the
+            optimizer step from which regions are frozen, 0 for the beginning, to these regions. What is frozen stays
+            frozen.
+        verify: when to compare: "end" for every checkpoint and the end, "step" for every optimizer step as well, which
+            finds what else writes to the model but makes a GPU wait.
 
     Raises:
-        CpiftError: a file is not a core region; at the start of training, a region does not fit the model, or the
-            Trainer shards its parameters (FSDP, DeepSpeed), which is not supported.
-        RuntimeError: at a checkpoint or at the end of training, if a frozen coordinate changed all the same.
+        CpiftError: a file is not a core region, or an argument is wrong; at the start of training, a region does not
+            fit the model, the optimizer or engine cannot be held, or a checkpoint's values are not the frozen ones.
+        RuntimeError: when comparing, if a frozen coordinate changed all the same.
 
     Source: stage 4 of CPI-FT (arXiv 2508.21741), which masks gradients; the restoring and the check are ours.
 
@@ -41,29 +58,139 @@ class CoreIsolationCallback(TrainerCallback):
         trainer = SFTTrainer(model, args, train_dataset=code, callbacks=[CoreIsolationCallback("maths.safetensors")])
     """
 
-    def __init__(self, frozen: CoreRegion | str | os.PathLike | Iterable[CoreRegion | str | os.PathLike]):
-        self.regions = load_regions(frozen)
+    def __init__(self, frozen: Regions | Mapping[int, Regions], *, verify: Literal["end", "step"] = "end"):
+        if verify not in ("end", "step"):
+            raise CpiftError(f"verify must be 'end' or 'step', got {verify!r}")
+        self.verify = verify
+        self.schedule = _load_schedule(frozen)
         self.frozen: FrozenCore | None = None
+        self.fingerprints: dict[str, str] = {}
+        self._arguments = {"frozen": _as_json(frozen), "verify": verify}
+        self._begun: set[int] = set()
+        self._figures: dict[str, float] = {}
+        self._scale = 1.0
 
-    def on_train_begin(self, args, state, control, *, model, **kwargs):
-        """Note the values to keep, and hook the gradients."""
-        engine = AcceleratorState().distributed_type
-        if engine not in WHOLE_PARAMETERS:
-            raise CpiftError(f"core isolation does not support {engine.value}: train on one process or with DDP")
-        if self.frozen is not None:  # an earlier training that ended in an error
+    def state(self) -> dict:
+        """What a checkpoint keeps: how the callback was made, and the fingerprint of what it holds."""
+        return {"args": self._arguments, "attributes": {"fingerprints": self.fingerprints}}
+
+    def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs):
+        """Note the values to keep, and hold them in every step of the optimizer."""
+        _check_engine(AcceleratorState())
+        frozen = FrozenCore(model, [])
+        for regions in self.schedule.values():
+            frozen.check(regions)
+        # After a resume, what was frozen when the checkpoint was written; its step's own stage begins with the step.
+        self._begun = {start for start in self.schedule if start == 0 or start < state.global_step}
+        frozen.extend(chain.from_iterable(self.schedule[start] for start in self._begun))
+        if self.frozen is not None and self.frozen.attached:  # an earlier training was cut off
             self.frozen.detach()
-        self.frozen = FrozenCore(model, self.regions)
-        self.frozen.attach()
+            if self.frozen.shares_parameters(frozen):
+                self.frozen.verify()
+        frozen.attach(optimizer)
+        self.frozen = frozen
+        self.fingerprints = frozen.fingerprints()
+        if state.global_step > 0:
+            self._compare(state.stateful_callbacks.get(type(self).__name__, []))
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        """Write the frozen values back, right after the optimizer's step."""
-        self.frozen.restore()
+    def on_step_begin(self, args, state, control, *, optimizer, **kwargs):
+        """Begin the stages of the schedule that are due."""
+        if self.verify == "step":
+            self.frozen.verify()
+        due = {start for start in self.schedule if start <= state.global_step} - self._begun
+        if due:
+            self.frozen.extend(chain.from_iterable(self.schedule[start] for start in due))
+            self.fingerprints = self.frozen.fingerprints()
+            self._begun |= due
+        self._scale = loss_scale(optimizer)  # now, since the step may change it
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Measure what will be logged; here, because all processes come by."""
+        self._measure(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Measure for logs that are written once an epoch."""
+        self._measure(control)
+
+    def on_log(self, args, state, control, *, logs, **kwargs):
+        """Add the figures to the log entries of the training."""
+        if "loss" in logs:
+            logs.update(self._figures)
+            state.log_history[-1].update(self._figures)
 
     def on_save(self, args, state, control, **kwargs):
         """Check at every checkpoint that nothing moved."""
         self.frozen.verify()
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Check that nothing moved."""
+        """Check that nothing moved, and let go."""
         self.frozen.detach()
         self.frozen.verify()
+
+    def _measure(self, control) -> None:
+        if control.should_log:
+            self._figures = {
+                "cpift/frozen_fraction": self.frozen.fraction,
+                "cpift/masked_grad_norm": self.frozen.masked_grad_norm() / self._scale,
+            }
+
+    def _compare(self, saved: dict | list[dict]) -> None:
+        """Raise CpiftError if the frozen values of a resumed training are not those from before it was first begun."""
+        saved = [one["attributes"]["fingerprints"] for one in (saved if isinstance(saved, list) else [saved])]
+        if not saved:
+            warnings.warn(
+                "the checkpoint was written without core isolation: its values are frozen as they are now",
+                stacklevel=2,
+            )
+            return
+        # Of several callbacks, ours is the one with the same indices, the first half of each fingerprint.
+        ours = {name: print.split(":")[0] for name, print in self.fingerprints.items()}
+        same = [prints for prints in saved if {name: p.split(":")[0] for name, p in prints.items()} == ours]
+        if not same:
+            raise CpiftError(
+                "the checkpoint was written with other frozen coordinates: resume with the regions of its training, "
+                "or begin a new training from its model"
+            )
+        moved = [name for name in self.fingerprints if all(self.fingerprints[name] != prints[name] for prints in same)]
+        if moved:
+            raise CpiftError(
+                f"frozen coordinates of {len(moved)} tensors differ in the checkpoint from those that its training "
+                f"began with, first {', '.join(moved[:3])}: the checkpoint was changed, or is of another training"
+            )
+
+
+def _load_schedule(frozen: Regions | Mapping[int, Regions]) -> dict[int, list[CoreRegion]]:
+    if frozen is None:
+        raise CpiftError(
+            "core regions that were given in memory are not in the checkpoint: give CoreIsolationCallback files, or "
+            "leave restore_callback_states_from_checkpoint off"
+        )
+    if not isinstance(frozen, Mapping):
+        frozen = {0: frozen}
+    schedule = {}
+    for start, regions in frozen.items():
+        start = int(start) if isinstance(start, str) and start.isdecimal() else start  # as JSON keeps it
+        if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+            raise CpiftError(
+                f"a schedule of frozen regions maps optimizer steps, 0 or later, to regions: got {start!r}"
+            )
+        schedule[start] = load_regions(regions)
+    return schedule
+
+
+def _as_json(frozen: Regions | Mapping[int, Regions]) -> object:
+    """The argument as a checkpoint's JSON can keep it: None where a region is given in memory."""
+    if isinstance(frozen, Mapping):
+        stages = {str(start): _as_json(regions) for start, regions in frozen.items()}
+        return None if None in stages.values() else stages
+    files = [frozen] if isinstance(frozen, CoreRegion | str | os.PathLike) else list(frozen)
+    return None if any(isinstance(file, CoreRegion) for file in files) else [os.fspath(file) for file in files]
+
+
+def _check_engine(state: AcceleratorState) -> None:
+    engine = state.distributed_type
+    plugin = getattr(state, "fsdp_plugin", None)
+    if engine == DistributedType.FSDP and getattr(plugin, "fsdp_version", 2) == 1:
+        raise CpiftError("core isolation does not support FSDP1, which flattens parameters: set fsdp_version to 2")
+    if engine in REFUSED_ENGINES:
+        raise CpiftError(f"core isolation does not support {engine.value}: use DDP, FSDP2 or DeepSpeed ZeRO")

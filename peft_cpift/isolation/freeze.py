@@ -2,12 +2,13 @@
 
 Two things together keep a coordinate to the bit, and neither is enough alone. Its gradient is zeroed as soon as it has
 been accumulated, so that it adds nothing to the clipped gradient norm or to the optimizer's state. And its value is
-written back after every optimizer step, because an optimizer also moves entries without a gradient: by weight decay,
-by momentum from before they were frozen, or by orthogonalising a whole matrix.
+written back inside every optimizer step, before anything else can see it, because an optimizer also moves entries
+without a gradient: by weight decay, by momentum from before they were frozen, or by orthogonalising a whole matrix.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,89 +19,234 @@ from operator import or_
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from peft_cpift.core.region import CoreRegion, load_regions
 from peft_cpift.errors import CpiftError, NoEffectWarning
+from peft_cpift.isolation.engines import Whole, locate_parameter, put_, reduce_, stepping_optimizer, take, world_size
+from peft_cpift.isolation.fingerprint import fingerprint
+from peft_cpift.isolation.names import locate_region, saved_parameters
+from peft_cpift.isolation.optimizer_state import clean_state, is_clean, write_clean
 
 
 @dataclass
-class _Frozen:
-    """The frozen coordinates of one parameter: flat indices, and the values they keep."""
+class _Held:
+    """The frozen coordinates of one parameter, as far as this process has them."""
 
     name: str
-    parameter: nn.Parameter
-    indices: Tensor
+    place: Whole
+    masked: Tensor
+    """Their flat positions in the gradient; int32 if that is enough, as below."""
+    positions: Tensor
+    """Their flat positions in what the optimizer steps on."""
     values: Tensor
+    """What they keep, in the order of `positions`."""
+    fingerprints: Tensor
+    """int64, shape (2,): of the indices alone, and with the values; zero if another process speaks for them."""
+    pull: Tensor | None = None
+    """The gradient that was taken from them since the last step, in the order of `masked`."""
+    pulled_in: int = -1
+    """The step to which `pull` belongs."""
+    state_drifts: bool | None = None
+    """Whether steps leave more than zeros in the optimizer's state, gradient or not; None before there is a state."""
 
 
 class FrozenCore:
     """The coordinates of core regions in a live model, with the values they have now and are to keep.
 
-    The copy is compact: an index and a value for each frozen coordinate, none for the others.
+    The copy is compact: for each frozen coordinate its position, its value and its last gradient, nothing for the
+    others. At 1% of a float32 or bfloat16 model that is 3 or 4% of the parameters' memory. FSDP2 shards it too; under
+    DeepSpeed ZeRO every process keeps the positions and gradients of all coordinates.
 
     Args:
-        model: a model in memory, wrapped by PEFT, `torch.compile` or DistributedDataParallel or not. Its parameters
-            must be whole on this process.
+        model: a model in memory, wrapped by PEFT, `torch.compile`, DistributedDataParallel or DeepSpeed or not, or
+            sharded by FSDP2, and then prepared for training already.
         regions: one or more core regions, or their files. Their names are those of the saved checkpoint, or for a PEFT
             model those of its active adapter as saved.
 
+    `len(frozen)` is the number of frozen coordinates that would otherwise train, over all processes.
+
     Raises:
-        CpiftError: a region does not fit the model, naming the first tensor; or parameters are sharded (FSDP,
-            DeepSpeed ZeRO-3), which is not supported.
+        CpiftError: a region does not fit the model, naming the first tensors.
 
     Warns:
         NoEffectWarning: no frozen coordinate is trainable.
     """
 
     def __init__(self, model: nn.Module, regions: CoreRegion | str | os.PathLike | Iterable):
-        frozen = reduce(or_, load_regions(regions), CoreRegion({}, {}))
-        parameters = _match(frozen, saved_parameters(model))
-        self._entries = []
-        for name, parameter in parameters.items():
-            if not parameter.requires_grad:
-                continue
-            indices = frozen.indices[name].to(parameter.device)
-            self._entries.append(_Frozen(name, parameter, indices, _take(parameter.detach(), indices)))
-        self._hooks = []
-        if not self._entries:
+        self._parameters = saved_parameters(model)
+        trained = [locate_parameter(name, p).shape for name, p in model.named_parameters() if p.requires_grad]
+        self._trained = sum(map(math.prod, trained))
+        self._region = CoreRegion({}, {})
+        self._held: list[_Held] = []
+        self._handles: list = []
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._step = 0
+        self.extend(regions)
+
+    def __len__(self) -> int:
+        return sum(self._region.indices[held.name].numel() for held in self._held)
+
+    @property
+    def fraction(self) -> float:
+        """The frozen share of the coordinates that would otherwise train, in [0, 1]."""
+        return len(self) / max(self._trained, 1)
+
+    def check(self, regions: CoreRegion | str | os.PathLike | Iterable) -> None:
+        """Raise CpiftError if regions that are to be frozen later do not fit the model."""
+        locate_region(reduce(or_, load_regions(regions), CoreRegion({}, {})), self._parameters)
+
+    def extend(self, regions: CoreRegion | str | os.PathLike | Iterable) -> None:
+        """Freeze more coordinates at the values they have now.
+
+        Raises, warns: as the class does; RuntimeError if what is frozen already has changed.
+        """
+        regions = load_regions(regions)
+        region = reduce(or_, regions, self._region)
+        places = locate_region(region, self._parameters)
+        self.verify()
+        optimizer = self._optimizer
+        self.detach()
+        self._region = region
+        self._held = [
+            _hold(name, place, region.indices[name]) for name, place in places.items() if place.parameter.requires_grad
+        ]
+        if regions and not self._held:
             warnings.warn(
-                f"none of the {len(frozen)} frozen coordinates belongs to a trainable parameter: nothing is isolated",
+                f"none of the {len(region)} frozen coordinates belongs to a trainable parameter: nothing is isolated",
                 NoEffectWarning,
                 stacklevel=3,
             )
+        if optimizer is not None:
+            self.attach(optimizer)
 
-    def __len__(self) -> int:
-        """The number of frozen coordinates that would otherwise train."""
-        return sum(entry.indices.numel() for entry in self._entries)
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Hold the coordinates in every step of `optimizer` from now until `detach`.
 
-    def attach(self) -> None:
-        """Zero the frozen coordinates of every gradient as it is accumulated, from now until `detach`."""
-        for entry in self._entries:
-            self._hooks.append(entry.parameter.register_post_accumulate_grad_hook(_zero_gradient(entry)))
+        Args:
+            optimizer: a torch optimizer, or accelerate's or DeepSpeed's wrapper of one.
+
+        Raises:
+            CpiftError: the optimizer cannot be held, or trains none of the frozen coordinates.
+        """
+        optimizer = stepping_optimizer(optimizer)
+        self._check(optimizer)
+        self.detach()
+        for held in self._held:
+            _clean(held, optimizer)
+        for held in self._held:
+            held.state_drifts = None
+            self._handles.append(_register_first(held.place.parameter, self._mask(held)))
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._optimizer = optimizer
+
+    @property
+    def attached(self) -> bool:
+        """Whether the coordinates are being held in an optimizer's steps."""
+        return self._optimizer is not None
 
     def detach(self) -> None:
-        """Take the gradient hooks away again."""
-        while self._hooks:
-            self._hooks.pop().remove()
+        """Let the coordinates go."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._optimizer = None
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write the frozen values back; to be called after every optimizer step."""
-        for entry in self._entries:
-            _put_(entry.parameter, entry.indices, entry.values)
+        """Write the frozen values back. Attached, every optimizer step ends so."""
+        for held in self._held:
+            held.place.write(held.positions, held.values)
 
+    @torch.no_grad()
     def verify(self) -> None:
-        """Raise RuntimeError naming the first parameter with a frozen coordinate whose bits changed."""
-        for entry in self._entries:
-            now = _take(entry.parameter.detach(), entry.indices)
-            # Compared as bytes, because -0.0 == 0.0 and NaN != NaN.
-            moved = (now.view(torch.uint8) != entry.values.view(torch.uint8)).reshape(len(now), -1).any(dim=1)
-            if bool(moved.any()):
+        """Raise RuntimeError on every process, naming the first parameter with a frozen coordinate that changed."""
+        if not self._held:
+            return
+        moved = reduce_(_stack([_count_moved(held) for held in self._held]), "max").tolist()
+        for held, count in zip(self._held, moved, strict=True):
+            if count:
                 raise RuntimeError(
-                    f"core isolation was broken: {int(moved.sum())} of {len(now)} frozen coordinates of "
-                    f"'{entry.name}' changed; something wrote to the parameter outside the optimizer step"
+                    f"core isolation was broken: {count} of {held.positions.numel()} frozen coordinates of "
+                    f"'{held.name}' changed; something wrote to the parameter outside the optimizer step"
                 )
+
+    def fingerprints(self) -> dict[str, str]:
+        """A fingerprint of the frozen indices and values of each parameter, the same on any number of processes."""
+        if not self._held:
+            return {}
+        sums = reduce_(_stack([held.fingerprints for held in self._held])).tolist()
+        return {
+            held.name: ":".join(f"{part % 2**64:016x}" for part in both)
+            for held, both in zip(self._held, sums, strict=True)
+        }
+
+    @torch.no_grad()
+    def masked_grad_norm(self) -> float:
+        """The norm of the gradient that the frozen coordinates had in the last step, before it was zeroed.
+
+        It says how hard the task pulls at the frozen core. Micro-batches are added up and processes averaged, as in
+        the gradient itself; with loss scaling it is the norm of the scaled gradient. To be called by all processes.
+        """
+        if not self._held:
+            return 0.0
+        device = self._held[0].masked.device
+        pulls = [_pull(held).to(device) for held in self._held if held.place.gradient_is_whole]
+        if pulls and world_size() > 1:
+            pulls = [reduce_(torch.cat(pulls)).div_(world_size())]
+        square = _square(pulls, device)
+        sharded = [held for held in self._held if not held.place.gradient_is_whole]
+        if sharded:
+            parts = [held for held in sharded if held.place.counts()]
+            square += reduce_(_square([_pull(held).to(device) for held in parts], device))
+        return math.sqrt(square)
+
+    def shares_parameters(self, other: FrozenCore) -> bool:
+        """Whether both freeze coordinates of the same live parameters."""
+        ours = {id(held.place.parameter) for held in self._held}
+        return any(id(held.place.parameter) in ours for held in other._held)
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        known = [held for held in self._held if held.place.has_master_copy or id(held.place.parameter) in trained]
+        if self._held and not known:
+            raise CpiftError(
+                f"the optimizer trains none of the frozen parameters, '{self._held[0].name}' for one: give the "
+                "optimizer of this model, and one that keeps no flattened copy of it"
+            )
+
+    def _mask(self, held: _Held):
+        def hook(parameter: nn.Parameter) -> None:
+            gradient = held.place.gradient()
+            if gradient.is_sparse:
+                raise CpiftError(
+                    f"parameter '{held.name}' has a sparse gradient, which core isolation does not support: make its "
+                    "embedding with sparse=False"
+                )
+            pull = take(gradient, held.masked)
+            held.pull = held.pull.add_(pull) if held.pulled_in == self._step else pull
+            held.pulled_in = self._step
+            # Written, not multiplied: infinity times a zero mask would be NaN.
+            put_(gradient, held.masked, 0.0)
+
+        return torch.no_grad()(hook)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self.restore()
+        self._step += 1
+        seen, clean = [], []
+        for held in self._held:
+            if held.state_drifts is None:
+                for tensor, value in clean_state(held.place, optimizer, held.positions, held.values):
+                    seen.append(held)
+                    clean.append(is_clean(tensor, held.positions, value))
+            elif held.state_drifts:
+                _clean(held, optimizer)
+        if seen:  # asked in a parameter's first step only, since it makes a GPU wait
+            for held, is_so in zip(seen, _stack(clean).tolist(), strict=True):
+                held.state_drifts = held.state_drifts or not is_so
+            for held in seen:
+                if held.state_drifts:
+                    _clean(held, optimizer)
 
 
 @contextmanager
@@ -113,10 +259,11 @@ def freeze_core(
 
     Args:
         model, regions: see `FrozenCore`.
-        optimizer: the torch optimizer whose steps are to leave the coordinates alone, or accelerate's wrapper of it.
+        optimizer: the optimizer whose steps are to leave the coordinates alone, or accelerate's or DeepSpeed's wrapper
+            of it.
 
     Raises:
-        CpiftError: a region does not fit the model.
+        CpiftError: a region does not fit the model, or the optimizer cannot be held.
         RuntimeError: at the end, if a frozen coordinate changed all the same.
 
     Source: stage 4 of CPI-FT (arXiv 2508.21741), which masks gradients; the restoring and the check are ours.
@@ -133,89 +280,72 @@ def freeze_core(
         [[False, True]]
     """
     frozen = FrozenCore(model, regions)
-    # accelerate's wrapper is an optimizer too, but hooks run in the one that it wraps
-    after_step = getattr(optimizer, "optimizer", optimizer).register_step_post_hook(lambda *_: frozen.restore())
-    frozen.attach()
+    frozen.attach(optimizer)
     try:
         yield frozen
         frozen.verify()
     finally:
-        after_step.remove()
         frozen.detach()
 
 
-def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's parameters by the names under which they are saved; for a PEFT model, its active adapter's."""
-    from accelerate.utils import extract_model_from_parallel  # deferred: only needed once a model is at hand
-
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    if hasattr(model, "peft_config"):
-        from peft import PeftModel, get_peft_model_state_dict
-
-        if not isinstance(model, PeftModel):
-            raise CpiftError("adapters added with add_adapter are not supported: put them on with peft.get_peft_model")
-        if model.active_peft_config.is_prompt_learning:
-            raise CpiftError("prompt-learning adapters keep no parameter under its saved name: not supported")
-        # Of the live parameters themselves, so that PEFT's own renaming yields the saved name of each.
-        named = get_peft_model_state_dict(
-            model,
-            state_dict=model.state_dict(keep_vars=True),
-            adapter_name=model.active_adapter,
-            save_embedding_layers=False,
-        )
-        return {name: tensor for name, tensor in named.items() if isinstance(tensor, nn.Parameter)}
-    return dict(model.named_parameters(remove_duplicate=False))
+def _hold(name: str, place: Whole, indices: Tensor) -> _Held:
+    stored = place.stored()
+    here, positions = place.locate(indices)
+    local = positions.to(stored.device)
+    values = take(stored, local)
+    prints = torch.zeros(2, dtype=torch.int64, device=stored.device)
+    if place.counts():
+        ours = indices[here].to(stored.device)
+        prints = torch.stack([fingerprint(ours), fingerprint(ours, values)])
+    local = _compact(local, stored.numel())
+    masked = local
+    if place.gradient_is_whole and positions is not indices:
+        masked = _compact(indices.to(place.parameter.device), math.prod(place.shape))
+    return _Held(name, place, masked, local, values, prints)
 
 
-def _match(frozen: CoreRegion, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    missing = sorted(frozen.indices.keys() - parameters.keys())
-    if missing:
-        known = ", ".join(list(parameters)[:2])
-        raise CpiftError(
-            f"core region has {len(missing)} tensors that the model has not, first {', '.join(missing[:3])}; the "
-            f"model's are named like {known or 'nothing at all'}: use the region of this model or adapter type"
-        )
-    matched = {}
-    for name in frozen.indices:
-        parameter = parameters[name]
-        # ZeRO-3 leaves an empty tensor and keeps the true shape beside it.
-        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_shape"):
-            raise CpiftError(
-                f"parameter '{name}' is sharded over processes, which core isolation does not support: train on one "
-                "process or with DistributedDataParallel"
-            )
-        if tuple(parameter.shape) != frozen.shapes[name]:
-            raise CpiftError(
-                f"tensor '{name}' has shape {list(parameter.shape)} in the model and {list(frozen.shapes[name])} in "
-                "the core region: they belong to different models"
-            )
-        matched[name] = parameter
-    return matched
+def _compact(positions: Tensor, size: int) -> Tensor:
+    return positions.to(torch.int32 if size <= 2**31 else torch.int64)
 
 
-def _zero_gradient(entry: _Frozen):
-    zero = torch.zeros((), dtype=entry.values.dtype, device=entry.values.device)
-
-    def hook(parameter: nn.Parameter) -> None:
-        if parameter.grad.is_sparse:
-            raise CpiftError(
-                f"parameter '{entry.name}' has a sparse gradient, which core isolation does not support: make its "
-                "embedding with sparse=False"
-            )
-        # Written, not multiplied: infinity times a zero mask would be NaN.
-        _put_(parameter.grad, entry.indices, zero.to(parameter.grad.dtype))
-
-    return hook
+def _clean(held: _Held, optimizer: torch.optim.Optimizer) -> None:
+    for tensor, clean in clean_state(held.place, optimizer, held.positions, held.values):
+        write_clean(tensor, held.positions, clean)
 
 
-def _take(tensor: Tensor, indices: Tensor) -> Tensor:
-    """The entries at flat `indices`, copied."""
-    return tensor.reshape(-1)[indices]
+def _pull(held: _Held) -> Tensor:
+    return torch.zeros(held.masked.shape, device=held.masked.device) if held.pull is None else held.pull
 
 
-def _put_(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write `values` at flat `indices`, also where the tensor is not contiguous and a flat view would be a copy."""
-    if tensor.is_contiguous():
-        tensor.view(-1)[indices] = values
-    else:
-        tensor[torch.unravel_index(indices, tensor.shape)] = values
+def _square(pulls: list[Tensor], device: torch.device) -> Tensor:
+    """The squared norm of all together, float32 so that bfloat16 sums do not stall."""
+    return sum((pull.norm(dtype=torch.float32).square() for pull in pulls), torch.zeros((), device=device))
+
+
+def _stack(figures: list[Tensor]) -> Tensor:
+    return torch.stack([figure.to(figures[0].device) for figure in figures])  # a model may span several devices
+
+
+def _count_moved(held: _Held) -> Tensor:
+    moved = _differ(take(held.place.stored(), held.positions), held.values)
+    visible = held.place.visible()
+    if visible is not None:
+        moved = moved | _differ(take(visible, held.positions), held.values.to(visible.dtype)).to(moved.device)
+    return moved.sum()
+
+
+def _differ(now: Tensor, before: Tensor) -> Tensor:
+    # Compared as bytes, because -0.0 == 0.0 and NaN != NaN.
+    differs = now.view(torch.uint8) != before.to(now.device).view(torch.uint8)
+    return differs.view(now.numel(), -1).any(dim=1) if now.numel() else differs
+
+
+def _register_first(parameter: nn.Parameter, hook) -> object:
+    """Register a hook that runs before those already there: an engine's own would have sent the gradient off."""
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+    hooks = parameter._post_accumulate_grad_hooks
+    earlier = {key: hooks[key] for key in hooks if key != handle.id}
+    for key in earlier:
+        del hooks[key]
+    hooks.update(earlier)
+    return handle

@@ -6,6 +6,7 @@ The same check is then run with the restoring, and with the gradient mask, taken
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from trl import SFTConfig, SFTTrainer
 
 from peft_cpift import CoreIsolationCallback, CoreRegion, CpiftError, PropulsionConfig
-from peft_cpift.isolation.freeze import FrozenCore, saved_parameters
+from peft_cpift.isolation.freeze import FrozenCore
+from peft_cpift.isolation.names import saved_parameters
 
 TUNERS = {
     "full": (None, 1e-3),
@@ -111,10 +113,21 @@ def test_without_the_restore_the_check_fails(tiny_model, sums, tmp_path, monkeyp
         run_and_check(tiny_model, sums, tmp_path, "full")
 
 
-def test_without_the_mask_the_check_fails(tiny_model, sums, tmp_path, monkeypatch):
-    monkeypatch.setattr(FrozenCore, "attach", lambda self: None)
-    with pytest.raises(AssertionError, match="the optimizer saw a frozen gradient"):
-        run_and_check(tiny_model, sums, tmp_path, "full")
+def test_the_mask_keeps_frozen_gradients_out_of_the_clipped_norm(tiny_model, sums, tmp_path, monkeypatch):
+    """The same training without the mask shows the norm of the whole gradient, of which both parts are known."""
+
+    def first_entry():
+        model = load(tiny_model, "full")
+        callback = CoreIsolationCallback(make_region(model))
+        return train(model, tiny_model, sums, tmp_path, 1e-3, callback, logging_steps=1).state.log_history[0]
+
+    masked = first_entry()
+    monkeypatch.setattr(FrozenCore, "_mask", lambda self, held: lambda parameter: None)
+    whole = first_entry()
+    assert whole["cpift/masked_grad_norm"] == 0.0
+    assert masked["grad_norm"] < 0.95 * whole["grad_norm"]
+    parts = math.hypot(masked["grad_norm"], masked["cpift/masked_grad_norm"])
+    assert parts == pytest.approx(whole["grad_norm"], rel=1e-5)
 
 
 def test_works_under_the_plain_trainer_and_from_a_file(tiny_model, sums, tmp_path):
@@ -168,12 +181,15 @@ def test_region_of_another_model_is_refused_when_training_begins(tiny_model, sum
         train(load(tiny_model, "full"), tiny_model, sums, tmp_path, 1e-3, CoreIsolationCallback(region))
 
 
-def test_sharding_engines_are_refused(tiny_model, sums, tmp_path, monkeypatch):
+def test_engines_that_keep_weights_elsewhere_are_refused(tiny_model, sums, tmp_path, monkeypatch):
     model = load(tiny_model, "full")
-    for engine in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        state = SimpleNamespace(distributed_type=engine)
+    plugin = SimpleNamespace(fsdp_version=1)
+    for state, cause in (
+        (SimpleNamespace(distributed_type=DistributedType.MEGATRON_LM), "does not support MEGATRON_LM"),
+        (SimpleNamespace(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin), "set fsdp_version to 2"),
+    ):
         monkeypatch.setattr("peft_cpift.isolation.callback.AcceleratorState", lambda state=state: state)
-        with pytest.raises(CpiftError, match=f"does not support {engine.value}"):
+        with pytest.raises(CpiftError, match=cause):
             train(model, tiny_model, sums, tmp_path, 1e-3, CoreIsolationCallback(make_region(model)))
 
 

@@ -123,7 +123,7 @@ def test_infinite_gradient_of_a_frozen_coordinate_becomes_zero_not_nan():
     model = nn.Module()
     model.w = parameter
     frozen = FrozenCore(model, CoreRegion({"w": torch.tensor([1])}, {"w": (3,)}))
-    frozen.attach()
+    frozen.attach(torch.optim.SGD([parameter]))
     (parameter * torch.tensor([2.0, float("inf"), 3.0])).sum().backward()
     assert parameter.grad.tolist() == [2.0, 0.0, 3.0]
 
@@ -186,7 +186,7 @@ def test_unknown_names_and_wrong_shapes_are_refused_by_name():
     model = make_model()
     with pytest.raises(CpiftError, match=r"first layer\.w; the model's are named like 0\.weight"):
         FrozenCore(model, CoreRegion({"layer.w": torch.tensor([0])}, {"layer.w": (2,)}))
-    with pytest.raises(CpiftError, match=r"'0\.weight' has shape \[5, 6\] in the model and \[6, 5\]"):
+    with pytest.raises(CpiftError, match=r"first '0\.weight' \(\[5, 6\] in the model, \[6, 5\] in the region\)"):
         FrozenCore(model, CoreRegion({"0.weight": torch.tensor([0])}, {"0.weight": (6, 5)}))
 
 
@@ -200,7 +200,7 @@ def test_a_region_that_freezes_nothing_trainable_warns():
 def test_a_sparse_gradient_is_refused():
     model = nn.Embedding(4, 2, sparse=True)
     frozen = FrozenCore(model, CoreRegion({"weight": torch.tensor([0])}, {"weight": (4, 2)}))
-    frozen.attach()
+    frozen.attach(torch.optim.SparseAdam(model.parameters()))
     with pytest.raises(CpiftError, match="sparse gradient"):
         model(torch.tensor([1])).sum().backward()
 
@@ -218,17 +218,10 @@ def test_accelerates_optimizer_is_taken_too():
 
 def test_no_hook_stays_when_the_optimizer_is_none():
     model = make_model()
-    with pytest.raises(AttributeError), freeze_core(model, None, make_region(model)):
+    with pytest.raises(CpiftError, match="NoneType"), freeze_core(model, None, make_region(model)):
         raise AssertionError("not reached")
     model(torch.randn(4, 6)).sum().backward()
     assert model[0].weight.grad.flatten()[[0, 7, 29]].all()
-
-
-def test_a_sharded_parameter_is_refused():
-    model = make_model()
-    model[0].weight.ds_shape = model[0].weight.shape  # as DeepSpeed ZeRO-3 marks it
-    with pytest.raises(CpiftError, match=r"'0\.weight' is sharded over processes"):
-        FrozenCore(model, make_region(model))
 
 
 def test_either_name_of_a_tied_tensor_freezes_it():

@@ -41,7 +41,7 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
     processes, stops at once if they are not those from before the training.
 
     Args:
-        frozen: one or more core regions, or their files, which are read at once. Or a schedule: a mapping from the
+        frozen: one or more core regions, or their files. Or a schedule: a mapping from the
             optimizer step from which regions are frozen, 0 for the beginning, to these regions. What is frozen stays
             frozen.
         verify: when to compare: "end" for every checkpoint and the end, "step" for every optimizer step as well, which
@@ -62,10 +62,12 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
         if verify not in ("end", "step"):
             raise CpiftError(f"verify must be 'end' or 'step', got {verify!r}")
         self.verify = verify
-        self.schedule = _load_schedule(frozen)
+        self.schedule = _read_schedule(frozen)
+        for regions in self.schedule.values():
+            load_regions(regions)  # so that a wrong file is an error now; they are read again when they are frozen
         self.frozen: FrozenCore | None = None
         self.fingerprints: dict[str, str] = {}
-        self._arguments = {"frozen": _as_json(frozen), "verify": verify}
+        self._arguments = {"frozen": _as_json(self.schedule), "verify": verify}
         self._begun: set[int] = set()
         self._figures: dict[str, float] = {}
         self._scale = 1.0
@@ -159,32 +161,26 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
             )
 
 
-def _load_schedule(frozen: Regions | Mapping[int, Regions]) -> dict[int, list[CoreRegion]]:
+def _read_schedule(frozen: Regions | Mapping[int, Regions]) -> dict[int, list[CoreRegion | str | os.PathLike]]:
     if frozen is None:
         raise CpiftError(
             "core regions that were given in memory are not in the checkpoint: give CoreIsolationCallback files, or "
             "leave restore_callback_states_from_checkpoint off"
         )
-    if not isinstance(frozen, Mapping):
-        frozen = {0: frozen}
     schedule = {}
-    for start, regions in frozen.items():
+    for start, regions in (frozen if isinstance(frozen, Mapping) else {0: frozen}).items():
         start = int(start) if isinstance(start, str) and start.isdecimal() else start  # as JSON keeps it
         if not isinstance(start, int) or isinstance(start, bool) or start < 0:
-            raise CpiftError(
-                f"a schedule of frozen regions maps optimizer steps, 0 or later, to regions: got {start!r}"
-            )
-        schedule[start] = load_regions(regions)
+            raise CpiftError(f"a schedule maps optimizer steps, 0 or later, to the regions frozen then: got {start!r}")
+        schedule[start] = [regions] if isinstance(regions, CoreRegion | str | os.PathLike) else list(regions)
     return schedule
 
 
-def _as_json(frozen: Regions | Mapping[int, Regions]) -> object:
-    """The argument as a checkpoint's JSON can keep it: None where a region is given in memory."""
-    if isinstance(frozen, Mapping):
-        stages = {str(start): _as_json(regions) for start, regions in frozen.items()}
-        return None if None in stages.values() else stages
-    files = [frozen] if isinstance(frozen, CoreRegion | str | os.PathLike) else list(frozen)
-    return None if any(isinstance(file, CoreRegion) for file in files) else [os.fspath(file) for file in files]
+def _as_json(schedule: dict[int, list[CoreRegion | str | os.PathLike]]) -> dict[str, list[str]] | None:
+    """The schedule as a checkpoint's JSON can keep it; None where a region was given in memory."""
+    if any(isinstance(region, CoreRegion) for region in chain.from_iterable(schedule.values())):
+        return None
+    return {str(start): [os.fspath(file) for file in files] for start, files in schedule.items()}
 
 
 def _check_engine(state: AcceleratorState) -> None:

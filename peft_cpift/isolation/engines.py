@@ -84,9 +84,9 @@ class Sharded(Whole):
     def locate(self, indices: Tensor) -> tuple[Tensor | slice, Tensor]:
         mesh, placements = self.parameter.device_mesh, self.parameter.placements
         here = torch.ones_like(indices, dtype=torch.bool)
-        positions = torch.zeros_like(indices)
+        positions = torch.zeros_like(indices, dtype=torch.int64)
         # However it was cut, a shard is the product of the lines that it holds along each dimension.
-        for dim, coordinate in enumerate(torch.unravel_index(indices, self.shape)):
+        for dim, coordinate in enumerate(torch.unravel_index(indices.long(), self.shape)):
             size = self.shape[dim]
             cut = [placement if getattr(placement, "dim", None) == dim else Replicate() for placement in placements]
             lines = torch.arange(size).view([size if other == dim else 1 for other in range(len(self.shape))])

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -76,7 +77,7 @@ class FrozenCore:
         self._parameters = saved_parameters(model)
         trained = [locate_parameter(name, p).shape for name, p in model.named_parameters() if p.requires_grad]
         self._trained = sum(map(math.prod, trained))
-        self._region = CoreRegion({}, {})
+        self._indices: dict[str, Tensor] = {}
         self._held: list[_Held] = []
         self._handles: list = []
         self._optimizer: torch.optim.Optimizer | None = None
@@ -84,7 +85,7 @@ class FrozenCore:
         self.extend(regions)
 
     def __len__(self) -> int:
-        return sum(self._region.indices[held.name].numel() for held in self._held)
+        return sum(indices.numel() for indices in self._indices.values())
 
     @property
     def fraction(self) -> float:
@@ -101,15 +102,19 @@ class FrozenCore:
         Raises, warns: as the class does; RuntimeError if what is frozen already has changed.
         """
         regions = load_regions(regions)
-        region = reduce(or_, regions, self._region)
-        places = locate_region(region, self._parameters)
         self.verify()
+        shapes = {held.name: held.place.shape for held in self._held}
+        before = CoreRegion({name: indices.long() for name, indices in self._indices.items()}, shapes)
+        region = reduce(or_, regions, before)
+        places = locate_region(region, self._parameters)
         optimizer = self._optimizer
         self.detach()
-        self._region = region
-        self._held = [
-            _hold(name, place, region.indices[name]) for name, place in places.items() if place.parameter.requires_grad
-        ]
+        self._held, self._indices = [], {}
+        for name, place in places.items():
+            if place.parameter.requires_grad:
+                indices = _compact(region.indices[name], math.prod(place.shape))
+                self._indices[name] = indices
+                self._held.append(_hold(name, place, indices))
         if regions and not self._held:
             warnings.warn(
                 f"none of the {len(region)} frozen coordinates belongs to a trainable parameter: nothing is isolated",
@@ -213,21 +218,31 @@ class FrozenCore:
                 "optimizer of this model, and one that keeps no flattened copy of it"
             )
 
-    def _mask(self, held: _Held):
-        def hook(parameter: nn.Parameter) -> None:
-            gradient = held.place.gradient()
-            if gradient.is_sparse:
-                raise CpiftError(
-                    f"parameter '{held.name}' has a sparse gradient, which core isolation does not support: make its "
-                    "embedding with sparse=False"
-                )
-            pull = take(gradient, held.masked)
-            held.pull = held.pull.add_(pull) if held.pulled_in == self._step else pull
-            held.pulled_in = self._step
-            # Written, not multiplied: infinity times a zero mask would be NaN.
-            put_(gradient, held.masked, 0.0)
+    def _mask(self, held: _Held) -> Callable[[nn.Parameter], None]:
+        # A parameter owns its hooks where Python's garbage collector does not look: one that owned the parameter in
+        # turn would keep a model alive for good. The optimizer's hook is what keeps `self` alive.
+        owner, part = weakref.ref(self), weakref.ref(held)
 
-        return torch.no_grad()(hook)
+        @torch.no_grad()
+        def hook(parameter: nn.Parameter) -> None:
+            frozen, held = owner(), part()
+            if frozen is not None and held is not None:
+                frozen._mask_gradient(held)
+
+        return hook
+
+    def _mask_gradient(self, held: _Held) -> None:
+        gradient = held.place.gradient()
+        if gradient.is_sparse:
+            raise CpiftError(
+                f"parameter '{held.name}' has a sparse gradient, which core isolation does not support: make its "
+                "embedding with sparse=False"
+            )
+        pull = take(gradient, held.masked)
+        held.pull = held.pull.add_(pull) if held.pulled_in == self._step else pull
+        held.pulled_in = self._step
+        # Written, not multiplied: infinity times a zero mask would be NaN.
+        put_(gradient, held.masked, 0.0)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -291,17 +306,15 @@ def freeze_core(
 def _hold(name: str, place: Whole, indices: Tensor) -> _Held:
     stored = place.stored()
     here, positions = place.locate(indices)
-    local = positions.to(stored.device)
-    values = take(stored, local)
+    positions = _compact(positions, stored.numel()).to(stored.device)
+    # ZeRO's gradients are whole when they are masked, though only a piece of the values is here.
+    masked = indices.to(place.parameter.device) if place.has_master_copy else positions
+    values = take(stored, positions)
     prints = torch.zeros(2, dtype=torch.int64, device=stored.device)
     if place.counts():
         ours = indices[here].to(stored.device)
         prints = torch.stack([fingerprint(ours), fingerprint(ours, values)])
-    local = _compact(local, stored.numel())
-    masked = local
-    if place.gradient_is_whole and positions is not indices:
-        masked = _compact(indices.to(place.parameter.device), math.prod(place.shape))
-    return _Held(name, place, masked, local, values, prints)
+    return _Held(name, place, masked, positions, values, prints)
 
 
 def _compact(positions: Tensor, size: int) -> Tensor:

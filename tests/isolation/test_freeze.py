@@ -6,10 +6,15 @@ optimizers are those that move entries without a gradient: by weight decay, mome
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_cpift import CoreRegion, CpiftError, NoEffectWarning, freeze_core
 from peft_cpift.isolation.freeze import FrozenCore
@@ -206,6 +211,7 @@ def test_a_sparse_gradient_is_refused():
 
 
 def test_accelerates_optimizer_is_taken_too():
+    Accelerator(cpu=True)
     model = make_model()
     optimizer = AcceleratedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1))
     region = make_region(model)
@@ -229,3 +235,80 @@ def test_either_name_of_a_tied_tensor_freezes_it():
     model["b"].weight = model["a"].weight
     for name in ("a.weight", "b.weight"):
         assert len(FrozenCore(model, CoreRegion({name: torch.tensor([0, 4])}, {name: (3, 3)}))) == 2
+
+
+def test_more_may_be_frozen_later_at_the_values_of_then():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    with freeze_core(model, optimizer, CoreRegion({"0.weight": torch.tensor([2, 7])}, shapes)) as frozen:
+        first = model[0].weight.detach().flatten().clone()
+        step(model, optimizer)
+        second = model[0].weight.detach().flatten().clone()
+        frozen.extend(CoreRegion({"0.weight": torch.tensor([7, 9])}, shapes))
+        assert len(frozen) == 3
+        assert frozen.fraction == 3 / sum(p.numel() for p in model.parameters())
+        for _ in range(2):
+            step(model, optimizer)
+    now = model[0].weight.detach().flatten()
+    assert first[9] != second[9]
+    assert bits(now[[2, 7, 9]]) == bits(torch.stack([first[2], first[7], second[9]]))
+    assert (now != second).sum() == now.numel() - 3
+
+
+class Operators(TorchDispatchMode):
+    """Remembers the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket._qualified_op_name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_a_gpu():
+    """The operators that fetch a value or a size from the device are absent, except in a parameter's first step."""
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"}
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    with freeze_core(model, optimizer, make_region(model)) as frozen:
+        step(model, optimizer)
+        with Operators() as free:
+            model(torch.randn(4, 6)).sum().backward()
+            frozen._after_step(optimizer, (), {})
+        with Operators() as asked:
+            frozen.masked_grad_norm()
+    assert {"index_select", "index_fill_", "index_copy_"} <= free.names  # it did see the masking and restoring
+    assert not free.names & waiting
+    assert asked.names & waiting  # and it does see a fetched value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_kept_is_at_most_5_percent_of_the_parameters_at_1_percent(dtype):
+    model = nn.Linear(400, 500, bias=False).to(dtype)
+    region = CoreRegion({"weight": torch.arange(0, 200_000, 100)}, {"weight": (500, 400)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    frozen = FrozenCore(model, region)
+    del region
+    frozen.attach(optimizer)
+    model(torch.randn(2, 400, dtype=dtype)).sum().backward()
+    optimizer.step()
+    gc.collect()
+    mine = {id(model.weight), id(model.weight.grad)}
+    alive = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() == 2000 and id(x) not in mine]
+    kept = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}.values())
+    assert len(alive) >= 3
+    assert kept <= 0.05 * 200_000 * model.weight.element_size()
+
+
+def test_a_model_that_is_still_frozen_can_be_freed():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    FrozenCore(model, make_region(model)).attach(optimizer)
+    step(model, optimizer)
+    alive = weakref.ref(model[0].weight)
+    del model, optimizer
+    gc.collect()
+    assert alive() is None

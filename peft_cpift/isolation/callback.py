@@ -68,9 +68,9 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
         self.frozen: FrozenCore | None = None
         self.fingerprints: dict[str, str] = {}
         self._arguments = {"frozen": _as_json(self.schedule), "verify": verify}
-        self._begun: set[int] = set()
-        self._figures: dict[str, float] = {}
+        self._waiting: dict[int, list[CoreRegion]] = {}
         self._scale = 1.0
+        self._training = False
 
     def state(self) -> dict:
         """What a checkpoint keeps: how the callback was made, and the fingerprint of what it holds."""
@@ -79,46 +79,44 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs):
         """Note the values to keep, and hold them in every step of the optimizer."""
         _check_engine(AcceleratorState())
+        if args.load_best_model_at_end and any(self.schedule):
+            raise CpiftError(
+                "the best model may be from before a stage of the schedule: set load_best_model_at_end to False, or "
+                "train each stage by itself"
+            )
         frozen = FrozenCore(model, [])
-        for regions in self.schedule.values():
+        self._check_cut_off(frozen, resumed=state.global_step > 0)
+        self._waiting = {start: load_regions(regions) for start, regions in self.schedule.items()}
+        for regions in self._waiting.values():
             frozen.check(regions)
         # After a resume, what was frozen when the checkpoint was written; its step's own stage begins with the step.
-        self._begun = {start for start in self.schedule if start == 0 or start < state.global_step}
-        frozen.extend(chain.from_iterable(self.schedule[start] for start in self._begun))
-        if self.frozen is not None and self.frozen.attached:  # an earlier training was cut off
-            self.frozen.detach()
-            if self.frozen.shares_parameters(frozen):
-                self.frozen.verify()
+        self._begin(frozen, [start for start in self._waiting if start == 0 or start < state.global_step])
+        if state.global_step > 0:
+            kept = state.stateful_callbacks
+            self._compare(kept.get(type(self).__name__, []))
+            kept.setdefault(type(self).__name__, self.state())  # without an entry the Trainer fails at its next save
         frozen.attach(optimizer)
         self.frozen = frozen
-        self.fingerprints = frozen.fingerprints()
-        if state.global_step > 0:
-            self._compare(state.stateful_callbacks.get(type(self).__name__, []))
+        self._training = True
 
     def on_step_begin(self, args, state, control, *, optimizer, **kwargs):
         """Begin the stages of the schedule that are due."""
         if self.verify == "step":
             self.frozen.verify()
-        due = {start for start in self.schedule if start <= state.global_step} - self._begun
+        due = [start for start in self._waiting if start <= state.global_step]
         if due:
-            self.frozen.extend(chain.from_iterable(self.schedule[start] for start in due))
-            self.fingerprints = self.frozen.fingerprints()
-            self._begun |= due
+            self._begin(self.frozen, due)
         self._scale = loss_scale(optimizer)  # now, since the step may change it
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """Measure what will be logged; here, because all processes come by."""
-        self._measure(control)
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """Measure for logs that are written once an epoch."""
-        self._measure(control)
-
     def on_log(self, args, state, control, *, logs, **kwargs):
-        """Add the figures to the log entries of the training."""
-        if "loss" in logs:
-            logs.update(self._figures)
-            state.log_history[-1].update(self._figures)
+        """Add the figures to the log entries of the training; all processes come by."""
+        if "loss" in logs and "learning_rate" in logs:
+            figures = {
+                "cpift/frozen_fraction": self.frozen.fraction,
+                "cpift/masked_grad_norm": self.frozen.masked_grad_norm() / self._scale,
+            }
+            logs.update(figures)
+            state.log_history[-1].update(figures)
 
     def on_save(self, args, state, control, **kwargs):
         """Check at every checkpoint that nothing moved."""
@@ -126,15 +124,28 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Check that nothing moved, and let go."""
+        self._training = False
         self.frozen.detach()
         self.frozen.verify()
 
-    def _measure(self, control) -> None:
-        if control.should_log:
-            self._figures = {
-                "cpift/frozen_fraction": self.frozen.fraction,
-                "cpift/masked_grad_norm": self.frozen.masked_grad_norm() / self._scale,
-            }
+    def _begin(self, frozen: FrozenCore, starts: list[int]) -> None:
+        frozen.extend(chain.from_iterable(self._waiting.pop(start) for start in starts))
+        self.fingerprints = frozen.fingerprints()
+
+    def _check_cut_off(self, frozen: FrozenCore, resumed: bool) -> None:
+        """Raise CpiftError if a training before this one was cut off in the middle of a step and left values moved."""
+        if not self._training:
+            return
+        self.frozen.detach()
+        if resumed or not self.frozen.shares_parameters(frozen):
+            return  # other values were loaded, which the checkpoint's fingerprint tells of
+        try:
+            self.frozen.verify()
+        except RuntimeError as error:
+            raise CpiftError(
+                f"{error}, after a training with this callback was cut off: load the weights to begin with, and give "
+                "the Trainer a new callback"
+            ) from error
 
     def _compare(self, saved: dict | list[dict]) -> None:
         """Raise CpiftError if the frozen values of a resumed training are not those from before it was first begun."""

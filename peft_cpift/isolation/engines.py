@@ -105,7 +105,11 @@ class Sharded(Whole):
 
     @override
     def gradient(self) -> Tensor:
-        return self.parameter.grad.to_local()
+        gradient = self.parameter.grad
+        if gradient.placements != self.parameter.placements:  # tensor parallelism may leave it otherwise cut
+            gradient = gradient.redistribute(placements=self.parameter.placements)
+            self.parameter.grad = gradient
+        return gradient.to_local()
 
     @override
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from peft_cpift.errors import CpiftError, NoEffectWarning
 from peft_cpift.isolation.engines import Whole, locate_parameter, put_, reduce_, stepping_optimizer, take, world_size
 from peft_cpift.isolation.fingerprint import fingerprint
 from peft_cpift.isolation.names import locate_region, saved_parameters
-from peft_cpift.isolation.optimizer_state import clean_state, is_clean, write_clean
+from peft_cpift.isolation.optimizer_state import CleanState
 
 
 @dataclass
@@ -48,7 +48,11 @@ class _Held:
     pulled_in: int = -1
     """The step to which `pull` belongs."""
     state_drifts: bool | None = None
-    """Whether steps leave more than zeros in the optimizer's state, gradient or not; None before there is a state."""
+    """Whether steps leave more than zeros in the optimizer's moments, gradient or not; None before that is known."""
+
+    def state(self, optimizer: torch.optim.Optimizer) -> CleanState:
+        """The optimizer's state, and what it should be."""
+        return CleanState(self.place, optimizer, self.positions, self.values)
 
 
 class FrozenCore:
@@ -82,6 +86,7 @@ class FrozenCore:
         self._handles: list = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._step = 0
+        self._decays: dict[int, float | None] = {}
         self.extend(regions)
 
     def __len__(self) -> int:
@@ -110,11 +115,15 @@ class FrozenCore:
         optimizer = self._optimizer
         self.detach()
         self._held, self._indices = [], {}
-        for name, place in places.items():
+        for names in _group_tied(places):
+            place = places[names[0]]
             if place.parameter.requires_grad:
-                indices = _compact(region.indices[name], math.prod(place.shape))
-                self._indices[name] = indices
-                self._held.append(_hold(name, place, indices))
+                indices = region.indices[names[0]]
+                if len(names) > 1:
+                    indices = torch.cat([region.indices[name] for name in names]).unique()
+                indices = _compact(indices, math.prod(place.shape))
+                self._indices[names[0]] = indices
+                self._held.append(_hold(names[0], place, indices))
         if regions and not self._held:
             warnings.warn(
                 f"none of the {len(region)} frozen coordinates belongs to a trainable parameter: nothing is isolated",
@@ -136,10 +145,13 @@ class FrozenCore:
         optimizer = stepping_optimizer(optimizer)
         self._check(optimizer)
         self.detach()
-        for held in self._held:
-            _clean(held, optimizer)
+        self._decays = {}
         for held in self._held:
             held.state_drifts = None
+            state = held.state(optimizer)
+            state.write_copies()
+            state.write_moments()
+        for held in self._held:
             self._handles.append(_register_first(held.place.parameter, self._mask(held)))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._optimizer = optimizer
@@ -186,7 +198,7 @@ class FrozenCore:
 
     @torch.no_grad()
     def masked_grad_norm(self) -> float:
-        """The norm of the gradient that the frozen coordinates had in the last step, before it was zeroed.
+        """The norm of the gradient that the frozen coordinates had in the latest step, before it was zeroed.
 
         It says how hard the task pulls at the frozen core. Micro-batches are added up and processes averaged, as in
         the gradient itself; with loss scaling it is the norm of the scaled gradient. To be called by all processes.
@@ -194,20 +206,21 @@ class FrozenCore:
         if not self._held:
             return 0.0
         device = self._held[0].masked.device
-        pulls = [_pull(held).to(device) for held in self._held if held.place.gradient_is_whole]
+        step = self._step if any(held.pulled_in == self._step for held in self._held) else self._step - 1
+        pulls = [_pull(held, step).to(device) for held in self._held if held.place.gradient_is_whole]
         if pulls and world_size() > 1:
             pulls = [reduce_(torch.cat(pulls)).div_(world_size())]
         square = _square(pulls, device)
         sharded = [held for held in self._held if not held.place.gradient_is_whole]
         if sharded:
             parts = [held for held in sharded if held.place.counts()]
-            square += reduce_(_square([_pull(held).to(device) for held in parts], device))
+            square += reduce_(_square([_pull(held, step).to(device) for held in parts], device))
         return math.sqrt(square)
 
     def shares_parameters(self, other: FrozenCore) -> bool:
-        """Whether both freeze coordinates of the same live parameters."""
-        ours = {id(held.place.parameter) for held in self._held}
-        return any(id(held.place.parameter) in ours for held in other._held)
+        """Whether this freezes coordinates of the live model that `other` was made for."""
+        theirs = {id(parameter) for parameter in other._parameters.values()}
+        return any(id(held.place.parameter) in theirs for held in self._held)
 
     def _check(self, optimizer: torch.optim.Optimizer) -> None:
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -248,20 +261,22 @@ class FrozenCore:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.restore()
         self._step += 1
-        seen, clean = [], []
+        for group in optimizer.param_groups:
+            decay = group.get("weight_decay")
+            if self._decays.setdefault(id(group), decay) != decay:  # what was judged under another decay is open again
+                self._decays[id(group)] = decay
+                for held in self._held:
+                    held.state_drifts = None
+        open_questions = []
         for held in self._held:
-            if held.state_drifts is None:
-                for tensor, value in clean_state(held.place, optimizer, held.positions, held.values):
-                    seen.append(held)
-                    clean.append(is_clean(tensor, held.positions, value))
-            elif held.state_drifts:
-                _clean(held, optimizer)
-        if seen:  # asked in a parameter's first step only, since it makes a GPU wait
-            for held, is_so in zip(seen, _stack(clean).tolist(), strict=True):
-                held.state_drifts = held.state_drifts or not is_so
-            for held in seen:
-                if held.state_drifts:
-                    _clean(held, optimizer)
+            state = held.state(optimizer)
+            state.write_copies()
+            if held.state_drifts:
+                state.write_moments()
+            elif held.state_drifts is None and state.moments:
+                open_questions.append((held, state))
+        if open_questions:
+            _judge(open_questions)
 
 
 @contextmanager
@@ -303,6 +318,14 @@ def freeze_core(
         frozen.detach()
 
 
+def _group_tied(places: dict[str, Whole]) -> list[list[str]]:
+    """The names of `places`, those of one parameter together."""
+    groups: dict[int, list[str]] = {}
+    for name, place in places.items():
+        groups.setdefault(id(place.parameter), []).append(name)
+    return list(groups.values())
+
+
 def _hold(name: str, place: Whole, indices: Tensor) -> _Held:
     stored = place.stored()
     here, positions = place.locate(indices)
@@ -321,13 +344,22 @@ def _compact(positions: Tensor, size: int) -> Tensor:
     return positions.to(torch.int32 if size <= 2**31 else torch.int64)
 
 
-def _clean(held: _Held, optimizer: torch.optim.Optimizer) -> None:
-    for tensor, clean in clean_state(held.place, optimizer, held.positions, held.values):
-        write_clean(tensor, held.positions, clean)
+def _judge(questions: list[tuple[_Held, CleanState]]) -> None:
+    """Find out which parameters' moments do not stay clean by themselves. Rarely, since it makes a GPU wait."""
+    answers = _stack([state.judge() for _, state in questions]).tolist()
+    stepped = any(used for _, used in answers)  # a step that was skipped shows nothing
+    for (held, state), (clean, _) in zip(questions, answers, strict=True):
+        if not clean:
+            held.state_drifts = True
+            state.write_moments()
+        elif stepped:
+            held.state_drifts = False
 
 
-def _pull(held: _Held) -> Tensor:
-    return torch.zeros(held.masked.shape, device=held.masked.device) if held.pull is None else held.pull
+def _pull(held: _Held, step: int) -> Tensor:
+    if held.pulled_in == step:
+        return held.pull
+    return torch.zeros(held.masked.shape, dtype=held.values.dtype, device=held.masked.device)
 
 
 def _square(pulls: list[Tensor], device: torch.device) -> Tensor:

@@ -20,7 +20,10 @@ def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     from accelerate.utils import extract_model_from_parallel  # deferred: only needed once a model is at hand
 
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    wrapped = None
+    while wrapped is not model:  # a compiled model may be inside a parallel one, and the other way round
+        wrapped, model = model, extract_model_from_parallel(model, keep_torch_compile=False)
+        model = getattr(model, "_orig_mod", model)
     if not hasattr(model, "peft_config"):
         return {_saved_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
 
@@ -30,10 +33,12 @@ def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         raise CpiftError("adapters added with add_adapter are not supported: put them on with peft.get_peft_model")
     if model.active_peft_config.is_prompt_learning:
         raise CpiftError("prompt-learning adapters keep no parameter under its saved name: not supported")
-    # Of the live parameters themselves, so that PEFT's own renaming yields the saved name of each.
+    # Of the live parameters themselves, so that PEFT's renaming yields the saved name of each; by the names of live
+    # modules, by which PEFT looks for its layers, where a state_dict() leaves out the prefixes of wrappers.
+    live = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
     named = get_peft_model_state_dict(
         model,
-        state_dict=model.state_dict(keep_vars=True),
+        state_dict=live,
         adapter_name=model.active_adapter,
         save_embedding_layers=False,
     )

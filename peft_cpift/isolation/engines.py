@@ -7,6 +7,8 @@ classes here answer the same few questions for each of them, so that freezing ne
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -66,6 +68,10 @@ class Whole:
         """The optimizer's state for the parameter, at the positions of `stored`."""
         return optimizer.state.get(self.parameter, {})
 
+    def moved_in(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the call of the optimizer's step that has just ended was one for this parameter."""
+        return True
+
 
 class Sharded(Whole):
     """A DTensor, as FSDP2 and tensor parallelism make them: any mix of shards and replicas, even or not."""
@@ -117,101 +123,90 @@ class Sharded(Whole):
         return {key: value.to_local() for key, value in state.items() if isinstance(value, DTensor)}
 
 
-class ZeroFragment(Whole):
-    """A parameter under DeepSpeed ZeRO-1 or 2: whole, but stepped on in pieces of a flat master copy."""
+class MasterPiece(Whole):
+    """A parameter under DeepSpeed ZeRO, which steps on a piece of a flat master copy and refreshes the rest from it.
+
+    Attributes:
+        start: the first flat index of the whole tensor that this process's piece holds.
+        master: that piece, 1-D, sharing memory with what the optimizer steps on; empty if there is none.
+    """
 
     has_master_copy = True
+    start: int
+    master: Tensor
 
     @override
     def counts(self) -> bool:
         return True
 
-    @property
-    def _fragment(self):
-        return self.parameter._hp_mapping  # None if this process keeps no piece of this parameter
-
     @override
     def locate(self, indices: Tensor) -> tuple[Tensor | slice, Tensor]:
-        if self._fragment is None:
-            return slice(0), indices[:0]
-        piece = self._fragment.lp_fragment_address
-        here = (indices >= piece.start) & (indices < piece.start + piece.numel)
-        return here, indices[here] - piece.start
+        here = (indices >= self.start) & (indices < self.start + self.master.numel())
+        return here, indices[here] - self.start
 
     @override
     def stored(self) -> Tensor:
-        if self._fragment is None:
-            return self.parameter.detach().flatten()[:0]
-        return self._fragment.get_hp_fragment().detach()
-
-    @override
-    def visible(self) -> Tensor | None:
-        if self._fragment is None:
-            return None
-        piece = self._fragment.lp_fragment_address
-        return self.parameter.detach().flatten().narrow(0, piece.start, piece.numel)
+        return self.master
 
     @override
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        return {} if self._fragment is None else self._fragment.optim_fragment or {}
+        for flat, state in optimizer.state.items():
+            if self._is_part_of(flat):
+                offset = self.master.storage_offset() - flat.storage_offset()
+                return {
+                    name: value.narrow(0, offset, self.master.numel())
+                    for name, value in state.items()
+                    if torch.is_tensor(value) and value.shape == flat.shape
+                }
+        return {}
+
+    @override
+    def moved_in(self, optimizer: torch.optim.Optimizer) -> bool:
+        # DeepSpeed steps on one flat tensor at a time, and shows the optimizer no other meanwhile.
+        return any(self._is_part_of(flat) for group in optimizer.param_groups for flat in group["params"])
+
+    def _is_part_of(self, flat: Tensor) -> bool:
+        return (
+            self.master.numel() > 0 and flat.untyped_storage().data_ptr() == self.master.untyped_storage().data_ptr()
+        )
 
 
-class ZeroPartition(Whole):
-    """A parameter under DeepSpeed ZeRO-3: one piece a process, and of the master copy likewise."""
+class ZeroFragment(MasterPiece):
+    """A parameter under DeepSpeed ZeRO-1 or 2: every process has it whole, and some a piece of its master copy."""
 
-    has_master_copy = True
+    def __init__(self, parameter: nn.Parameter):
+        super().__init__(parameter)
+        fragment = parameter._hp_mapping
+        self.start = 0 if fragment is None else fragment.lp_fragment_address.start
+
+    @cached_property
+    def master(self) -> Tensor:
+        """This process's piece, where it has one."""
+        fragment = self.parameter._hp_mapping
+        return self.parameter.detach().flatten()[:0] if fragment is None else fragment.get_hp_fragment().detach()
+
+    @override
+    def visible(self) -> Tensor | None:
+        return self.parameter.detach().flatten().narrow(0, self.start, self.master.numel())
+
+
+class ZeroPartition(MasterPiece):
+    """A parameter under DeepSpeed ZeRO-3: every process has one piece of it, and the same piece of its master copy."""
 
     def __init__(self, parameter: nn.Parameter):
         super().__init__(parameter)
         self.shape = tuple(parameter.ds_shape)  # the live tensor is an empty placeholder
+        self.start = parameter.ds_tensor.ds_numel * dist.get_rank(group=parameter.ds_process_group)
 
-    @override
-    def counts(self) -> bool:
-        return True
-
-    @override
-    def locate(self, indices: Tensor) -> tuple[Tensor | slice, Tensor]:
-        size = self.parameter.ds_tensor.ds_numel
-        start = size * dist.get_rank(group=self.parameter.ds_process_group)
-        here = (indices >= start) & (indices < start + size)
-        return here, indices[here] - start
-
-    @override
-    def stored(self) -> Tensor:
-        from deepspeed.utils import safe_get_local_fp32_param
-
-        return safe_get_local_fp32_param(self.parameter).detach()
-
-    @override
-    def write(self, positions: Tensor, values: Tensor) -> None:
-        from deepspeed.utils import safe_set_local_fp32_param
-
-        stored = self.stored()
-        put_(stored, positions, values)
-        if self.parameter._z3_optimizer.offload_optimizer:  # then it is a copy, on the accelerator
-            safe_set_local_fp32_param(self.parameter, stored)
+    @cached_property
+    def master(self) -> Tensor:
+        """This process's piece."""
+        # Not deepspeed.utils.safe_get_local_fp32_param, which copies a master that is offloaded to the CPU.
+        return self.parameter._z3_optimizer._get_fp32_opt_state_partition(self.parameter, True)[0].detach()
 
     @override
     def visible(self) -> Tensor | None:
         return self.parameter.ds_tensor.detach()
-
-    @override
-    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_local_optimizer_state
-
-        names = {
-            name
-            for flat, state in optimizer.state.items()
-            for name, value in state.items()
-            if torch.is_tensor(value) and value.shape == flat.shape
-        }
-        found = {}
-        for name in names:
-            try:
-                found[name] = safe_get_local_optimizer_state(self.parameter, name)
-            except KeyError:  # the parameter is in a group that has not stepped yet
-                continue
-        return found
 
 
 def locate_parameter(name: str, parameter: nn.Parameter) -> Whole:

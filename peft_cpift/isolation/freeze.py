@@ -46,7 +46,7 @@ class _Held:
     pull: Tensor | None = None
     """The gradient that was taken from them since the last step, in the order of `masked`."""
     pulled_in: int = -1
-    """The step to which `pull` belongs."""
+    """The step to which `pull` belongs, by the count of `FrozenCore`."""
     state_drifts: bool | None = None
     """Whether steps leave more than zeros in the optimizer's moments, gradient or not; None before that is known."""
 
@@ -85,7 +85,8 @@ class FrozenCore:
         self._held: list[_Held] = []
         self._handles: list = []
         self._optimizer: torch.optim.Optimizer | None = None
-        self._step = 0
+        self._step = 0  # begins with the first gradient after an optimizer step, which may take several calls
+        self._stepped = False
         self._decays: dict[int, float | None] = {}
         self.extend(regions)
 
@@ -182,7 +183,7 @@ class FrozenCore:
         for held, count in zip(self._held, moved, strict=True):
             if count:
                 raise RuntimeError(
-                    f"core isolation was broken: {count} of {held.positions.numel()} frozen coordinates of "
+                    f"core isolation was broken: {count} of {self._indices[held.name].numel()} frozen coordinates of "
                     f"'{held.name}' changed; something wrote to the parameter outside the optimizer step"
                 )
 
@@ -206,15 +207,14 @@ class FrozenCore:
         if not self._held:
             return 0.0
         device = self._held[0].masked.device
-        step = self._step if any(held.pulled_in == self._step for held in self._held) else self._step - 1
-        pulls = [_pull(held, step).to(device) for held in self._held if held.place.gradient_is_whole]
+        pulls = [_pull(held, self._step).to(device) for held in self._held if held.place.gradient_is_whole]
         if pulls and world_size() > 1:
             pulls = [reduce_(torch.cat(pulls)).div_(world_size())]
         square = _square(pulls, device)
         sharded = [held for held in self._held if not held.place.gradient_is_whole]
         if sharded:
             parts = [held for held in sharded if held.place.counts()]
-            square += reduce_(_square([_pull(held, step).to(device) for held in parts], device))
+            square += reduce_(_square([_pull(held, self._step).to(device) for held in parts], device))
         return math.sqrt(square)
 
     def shares_parameters(self, other: FrozenCore) -> bool:
@@ -251,6 +251,8 @@ class FrozenCore:
                 f"parameter '{held.name}' has a sparse gradient, which core isolation does not support: make its "
                 "embedding with sparse=False"
             )
+        if self._stepped:
+            self._step, self._stepped = self._step + 1, False
         pull = take(gradient, held.masked)
         held.pull = held.pull.add_(pull) if held.pulled_in == self._step else pull
         held.pulled_in = self._step
@@ -260,7 +262,7 @@ class FrozenCore:
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.restore()
-        self._step += 1
+        self._stepped = True
         for group in optimizer.param_groups:
             decay = group.get("weight_decay")
             if self._decays.setdefault(id(group), decay) != decay:  # what was judged under another decay is open again
@@ -269,6 +271,8 @@ class FrozenCore:
                     held.state_drifts = None
         open_questions = []
         for held in self._held:
+            if not held.place.moved_in(optimizer):
+                continue
             state = held.state(optimizer)
             state.write_copies()
             if held.state_drifts:

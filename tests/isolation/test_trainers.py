@@ -169,7 +169,10 @@ EXPERIMENTAL = {"OnlineDPO": "online_dpo"}
 
 def find_trainer(name: str) -> tuple[type[Trainer], type[TrainingArguments]]:
     """A trainer of TRL's and its settings, in the module where the installed version has them."""
-    for module in ("trl", f"trl.experimental.{EXPERIMENTAL.get(name, name.lower())}"):
+    modules = ["trl", f"trl.experimental.{EXPERIMENTAL.get(name, name.lower())}"]
+    if name == "Distillation":  # which wanted other data while it was experimental
+        modules.pop()
+    for module in modules:
         if importlib.util.find_spec(module) is not None:
             home = importlib.import_module(module)
             if hasattr(home, f"{name}Trainer"):

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from numbers import Integral
 from typing import Literal
 
 from accelerate.state import AcceleratorState
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from peft_cpift.core.region import CoreRegion, load_regions
-from peft_cpift.errors import CpiftError
+from peft_cpift.errors import CpiftError, NoEffectWarning
 from peft_cpift.isolation.engines import loss_scale
 from peft_cpift.isolation.freeze import FrozenCore
 
@@ -93,14 +94,24 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
         self._begin(frozen, [start for start in self._waiting if start == 0 or start < state.global_step])
         if state.global_step > 0:
             kept = state.stateful_callbacks
-            self._compare(kept.get(type(self).__name__, []))
+            self._compare(kept)
             kept.setdefault(type(self).__name__, self.state())  # without an entry the Trainer fails at its next save
+        late = [start for start in self._waiting if start >= state.max_steps]
+        if late:
+            warnings.warn(
+                f"the regions frozen from step {min(late)} on never are: the training ends at {state.max_steps}",
+                NoEffectWarning,
+                stacklevel=2,
+            )
         frozen.attach(optimizer)
         self.frozen = frozen
         self._training = True
 
     def on_step_begin(self, args, state, control, *, optimizer, **kwargs):
         """Begin the stages of the schedule that are due."""
+        if not self._training:
+            raise CpiftError("CoreIsolationCallback was added to a training that had begun: add it before")
+        self.frozen.begin_step()
         if self.verify == "step":
             self.frozen.verify()
         due = [start for start in self._waiting if start <= state.global_step]
@@ -110,7 +121,7 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
 
     def on_log(self, args, state, control, *, logs, **kwargs):
         """Add the figures to the log entries of the training; all processes come by."""
-        if "loss" in logs and "learning_rate" in logs:
+        if self._training and "loss" in logs and "learning_rate" in logs:
             figures = {
                 "cpift/frozen_fraction": self.frozen.fraction,
                 "cpift/masked_grad_norm": self.frozen.masked_grad_norm() / self._scale,
@@ -147,9 +158,11 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
                 "the Trainer a new callback"
             ) from error
 
-    def _compare(self, saved: dict | list[dict]) -> None:
+    def _compare(self, callbacks: dict[str, dict | list[dict]]) -> None:
         """Raise CpiftError if the frozen values of a resumed training are not those from before it was first begun."""
-        saved = [one["attributes"]["fingerprints"] for one in (saved if isinstance(saved, list) else [saved])]
+        # Not by the name of the class, which may have changed.
+        states = chain.from_iterable(kept if isinstance(kept, list) else [kept] for kept in callbacks.values())
+        saved = [state["attributes"]["fingerprints"] for state in states if "fingerprints" in state["attributes"]]
         if not saved:
             warnings.warn(
                 "the checkpoint was written without core isolation: its values are frozen as they are now",
@@ -175,15 +188,17 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
 def _read_schedule(frozen: Regions | Mapping[int, Regions]) -> dict[int, list[CoreRegion | str | os.PathLike]]:
     if frozen is None:
         raise CpiftError(
-            "core regions that were given in memory are not in the checkpoint: give CoreIsolationCallback files, or "
-            "leave restore_callback_states_from_checkpoint off"
+            "CoreIsolationCallback was given no region: give it one; or, since regions that were given in memory are "
+            "not in a checkpoint, give it files or leave restore_callback_states_from_checkpoint off"
         )
     schedule = {}
     for start, regions in (frozen if isinstance(frozen, Mapping) else {0: frozen}).items():
         start = int(start) if isinstance(start, str) and start.isdecimal() else start  # as JSON keeps it
-        if not isinstance(start, int) or isinstance(start, bool) or start < 0:
-            raise CpiftError(f"a schedule maps optimizer steps, 0 or later, to the regions frozen then: got {start!r}")
-        schedule[start] = [regions] if isinstance(regions, CoreRegion | str | os.PathLike) else list(regions)
+        if not isinstance(start, Integral) or isinstance(start, bool) or start < 0 or start in schedule:
+            raise CpiftError(f"a schedule maps optimizer steps, 0 or later, to regions, each once: got {start!r}")
+        schedule[int(start)] = [regions] if isinstance(regions, CoreRegion | str | os.PathLike) else list(regions)
+    if not schedule or not all(schedule.values()):
+        raise CpiftError("there is no region to freeze, or none in a stage of the schedule: give one or more")
     return schedule
 
 

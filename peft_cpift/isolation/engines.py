@@ -242,6 +242,11 @@ def stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
                 f"core isolation does not know where DeepSpeed's {kind.__name__} keeps its weights: use ZeRO stage 1, "
                 "2 or 3 in bfloat16 or float32, or FSDP2"
             )
+        if getattr(inner, "round_robin_gradients", False) and world_size() > 1:
+            raise CpiftError(
+                "core isolation does not support DeepSpeed's round_robin_gradients, under which its map from "
+                "parameters to master weights is wrong: set it to false"
+            )
         if getattr(inner, "swap_optimizer", False):
             raise CpiftError("core isolation does not support optimizers that DeepSpeed offloads to NVMe: use the CPU")
         if not hasattr(inner, "optimizer"):

@@ -78,16 +78,19 @@ class FrozenCore:
     """
 
     def __init__(self, model: nn.Module, regions: CoreRegion | str | os.PathLike | Iterable):
+        self._model = model
         self._parameters = saved_parameters(model)
         trained = [locate_parameter(name, p).shape for name, p in model.named_parameters() if p.requires_grad]
         self._trained = sum(map(math.prod, trained))
         self._indices: dict[str, Tensor] = {}
         self._held: list[_Held] = []
+        self._idle: dict[str, nn.Parameter] = {}  # in the region, and not trainable
         self._handles: list = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._step = 0  # begins with the first gradient after an optimizer step, which may take several calls
         self._stepped = False
-        self._decays: dict[int, float | None] = {}
+        self._decays: dict[int, tuple] = {}
+        self._stepped_on: set[int] = set()
         self.extend(regions)
 
     def __len__(self) -> int:
@@ -115,10 +118,12 @@ class FrozenCore:
         places = locate_region(region, self._parameters)
         optimizer = self._optimizer
         self.detach()
-        self._held, self._indices = [], {}
+        self._held, self._idle, self._indices = [], {}, {}
         for names in _group_tied(places):
             place = places[names[0]]
-            if place.parameter.requires_grad:
+            if not place.parameter.requires_grad:
+                self._idle[names[0]] = place.parameter
+            else:
                 indices = region.indices[names[0]]
                 if len(names) > 1:
                     indices = torch.cat([region.indices[name] for name in names]).unique()
@@ -146,15 +151,14 @@ class FrozenCore:
         optimizer = stepping_optimizer(optimizer)
         self._check(optimizer)
         self.detach()
-        self._decays = {}
+        self._clear_state(optimizer)
         for held in self._held:
-            held.state_drifts = None
-            state = held.state(optimizer)
-            state.write_copies()
-            state.write_moments()
-        for held in self._held:
+            if isinstance(held.place.parameter.grad, Tensor):  # of a micro-batch that came before
+                self._mask_gradient(held)
             self._handles.append(_register_first(held.place.parameter, self._mask(held)))
+        self.begin_step()
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._handles.append(optimizer.register_load_state_dict_post_hook(self._clear_state))
         self._optimizer = optimizer
 
     @property
@@ -179,6 +183,14 @@ class FrozenCore:
         """Raise RuntimeError on every process, naming the first parameter with a frozen coordinate that changed."""
         if not self._held:
             return
+        present = {id(parameter) for parameter in self._model.parameters()}
+        for held in self._held:
+            # FSDP2 shows whole parameters in place of its shards now and then.
+            if id(held.place.parameter) not in present and held.place.gradient_is_whole:
+                raise RuntimeError(
+                    f"core isolation was broken: '{held.name}' is another parameter of the model now; freeze when the "
+                    "model has its final form (adapters, engine)"
+                )
         moved = reduce_(_stack([_count_moved(held) for held in self._held]), "max").tolist()
         for held, count in zip(self._held, moved, strict=True):
             if count:
@@ -222,9 +234,28 @@ class FrozenCore:
         theirs = {id(parameter) for parameter in other._parameters.values()}
         return any(id(held.place.parameter) in theirs for held in self._held)
 
+    def begin_step(self) -> None:
+        """Let the next gradient be the first of a step in `masked_grad_norm`, also if the last step was skipped."""
+        self._stepped = True
+
     def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
         known = [held for held in self._held if held.place.has_master_copy or id(held.place.parameter) in trained]
+        self._stepped_on = trained.keys() & {id(held.place.parameter) for held in self._held}
+        for name, parameter in self._idle.items():
+            if id(parameter) in trained and (parameter.grad is not None or optimizer.state.get(parameter)):
+                raise CpiftError(
+                    f"parameter '{name}' requires no gradient, but the optimizer would move it by what it had before: "
+                    "give the optimizer its trainable parameters only"
+                )
+        if known and len(known) < len(self._held):
+            other = next(held.name for held in self._held if held not in known)
+            warnings.warn(
+                f"{len(self._held) - len(known)} frozen parameters, first '{other}', are not in this optimizer: if "
+                "another one steps on them, freeze them there too",
+                NoEffectWarning,
+                stacklevel=4,
+            )
         if self._held and not known:
             raise CpiftError(
                 f"the optimizer trains none of the frozen parameters, '{self._held[0].name}' for one: give the "
@@ -260,11 +291,37 @@ class FrozenCore:
         put_(gradient, held.masked, 0.0)
 
     @torch.no_grad()
+    def _clear_state(self, optimizer: torch.optim.Optimizer) -> None:
+        self._decays = {}
+        for held in self._held:
+            held.state_drifts = None
+            state = held.state(optimizer)
+            state.write_copies()
+            state.write_moments()
+
+    def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, parameter in self._idle.items():
+            if parameter.requires_grad:
+                raise RuntimeError(
+                    f"core isolation was broken: '{name}' was not trainable when its coordinates were frozen, and is "
+                    "now; freeze when all that will train is trainable, or freeze anew then"
+                )
+        if self._stepped_on:
+            now = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            for held in self._held:
+                if id(held.place.parameter) in self._stepped_on - now:
+                    raise RuntimeError(
+                        f"core isolation was broken: the optimizer has another parameter in place of '{held.name}' "
+                        "now; freeze after the model and optimizer have their final form"
+                    )
+
+    @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._check_parameters(optimizer)
         self.restore()
         self._stepped = True
         for group in optimizer.param_groups:
-            decay = group.get("weight_decay")
+            decay = (group.get("weight_decay"), group.get("decoupled_weight_decay"))
             if self._decays.setdefault(id(group), decay) != decay:  # what was judged under another decay is open again
                 self._decays[id(group)] = decay
                 for held in self._held:
@@ -277,7 +334,7 @@ class FrozenCore:
             state.write_copies()
             if held.state_drifts:
                 state.write_moments()
-            elif held.state_drifts is None and state.moments:
+            elif held.state_drifts is None and held.pulled_in == self._step and state.moments:
                 open_questions.append((held, state))
         if open_questions:
             _judge(open_questions)
@@ -313,10 +370,17 @@ def freeze_core(
         >>> (model.weight == before).tolist()
         [[False, True]]
     """
+    regions = load_regions(regions)
+    if not regions:
+        raise CpiftError("there is no region to freeze: give one or more")
     frozen = FrozenCore(model, regions)
     frozen.attach(optimizer)
     try:
         yield frozen
+    except BaseException:
+        frozen.restore()  # it may have come in the middle of a step
+        raise
+    else:
         frozen.verify()
     finally:
         frozen.detach()
@@ -367,8 +431,9 @@ def _pull(held: _Held, step: int) -> Tensor:
 
 
 def _square(pulls: list[Tensor], device: torch.device) -> Tensor:
-    """The squared norm of all together, float32 so that bfloat16 sums do not stall."""
-    return sum((pull.norm(dtype=torch.float32).square() for pull in pulls), torch.zeros((), device=device))
+    """The squared norm of all together, in float32 or better so that bfloat16 sums do not stall."""
+    norms = (pull.norm(dtype=torch.promote_types(pull.dtype, torch.float32)) for pull in pulls)
+    return sum((norm.abs().float().square() for norm in norms), torch.zeros((), device=device))
 
 
 def _stack(figures: list[Tensor]) -> Tensor:
@@ -384,6 +449,8 @@ def _count_moved(held: _Held) -> Tensor:
 
 
 def _differ(now: Tensor, before: Tensor) -> Tensor:
+    if now.dtype != before.dtype:
+        return torch.ones_like(now, dtype=torch.bool)
     # Compared as bytes, because -0.0 == 0.0 and NaN != NaN.
     differs = now.view(torch.uint8) != before.to(now.device).view(torch.uint8)
     return differs.view(now.numel(), -1).any(dim=1) if now.numel() else differs

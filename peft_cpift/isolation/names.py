@@ -33,6 +33,8 @@ def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         raise CpiftError("adapters added with add_adapter are not supported: put them on with peft.get_peft_model")
     if model.active_peft_config.is_prompt_learning:
         raise CpiftError("prompt-learning adapters keep no parameter under its saved name: not supported")
+    if len(getattr(model.base_model, "active_adapters", [])) > 1:
+        raise CpiftError("several adapters are active, and a region is of one: activate the one that it belongs to")
     # Of the live parameters themselves, so that PEFT's renaming yields the saved name of each; by the names of live
     # modules, by which PEFT looks for its layers, where a state_dict() leaves out the prefixes of wrappers.
     live = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
@@ -56,7 +58,8 @@ def locate_region(region: CoreRegion, parameters: dict[str, nn.Parameter]) -> di
         known = ", ".join(list(parameters)[:2])
         raise CpiftError(
             f"core region has {len(missing)} tensors that the model has not, first {', '.join(missing[:3])}; the "
-            f"model's are named like {known or 'nothing at all'}: use the region of this model or adapter type"
+            f"model's are named like {known or 'nothing at all'}: use the region of this model or adapter type "
+            "(models that transformers saves under other names, Mixtral and LLaVA for two, are not supported)"
         )
     places = {name: locate_parameter(name, parameters[name]) for name in region.indices}
     unfit = [

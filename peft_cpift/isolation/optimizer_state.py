@@ -1,4 +1,4 @@
-"""What an optimizer remembers of frozen coordinates: nothing, so that unfreezing them later starts clean.
+"""What an optimizer remembers of frozen coordinates: nothing known, so that unfreezing them later starts clean.
 
 A gradient of zero leaves most state at zero by itself. What does not: state from before the freezing, and weight decay
 that is added to the gradient inside the step. Only state with known names is written, since an unknown tensor of a
@@ -8,21 +8,22 @@ parameter's shape may be a copy of the parameter, and zeros in it would be a cat
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from peft_cpift.isolation.engines import Whole, put_, take
 
 # Averages and sums of gradients, elementwise, as torch, transformers, bitsandbytes and schedulefree name them.
 MOMENTS = {
     "acc_delta", "compensation", "exp_avg", "exp_avg_slow", "exp_avg_sq", "exp_inf", "grad_avg", "grok_ema",
-    "max_exp_avg_sq", "momentum_buffer", "prev", "square_avg", "state1", "state2", "step_size", "sum", "variance",
+    "max_exp_avg_sq", "momentum_buffer", "prev", "square_avg", "state1", "state2", "sum", "variance",
 }  # fmt: skip
-# Those that do not begin at zero but at one of the optimizer's settings.
-BEGINNINGS = {"step_size": "lr", "sum": "initial_accumulator_value"}
 # Second copies of the parameter: averages, master weights, and the point that schedule-free optimizers step from.
 COPIES = {"ax", "master_param", "z"}
+_ZERO_CODES = WeakIdKeyDictionary()
 
 
 class CleanState:
@@ -35,16 +36,24 @@ class CleanState:
 
     def __init__(self, place: Whole, optimizer: torch.optim.Optimizer, positions: Tensor, values: Tensor):
         self.positions, self.values = positions, values
-        self.copies: list[Tensor] = []
-        self.moments: list[tuple[Tensor, float]] = []
-        shape = place.stored().shape
-        state = place.state(optimizer)
-        for name in state.keys() & COPIES:
-            if state[name].shape == shape:
-                self.copies.append(state[name])
-        for name in sorted(state.keys() & MOMENTS):
-            clean = optimizer.defaults.get(BEGINNINGS[name], 0.0) if name in BEGINNINGS else 0.0
-            self.moments += _moments(state[name], shape, clean, state.get(f"qmap{name[-1]}"))
+        self._shape = place.stored().shape
+        self._state = place.state(optimizer)
+        self._sum_begins_at = optimizer.defaults.get("initial_accumulator_value", 0.0)
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """Second copies of the parameter."""
+        copies = [self._state[name] for name in self._state.keys() & COPIES]
+        return [copy for copy in copies if copy.shape == self._shape]
+
+    @cached_property
+    def moments(self) -> list[tuple[Tensor, float]]:
+        """Averages and sums of gradients, each with what it holds before the first."""
+        moments = []
+        for name in sorted(self._state.keys() & MOMENTS):
+            clean = self._sum_begins_at if name == "sum" else 0.0
+            moments += _moments(self._state[name], self._shape, clean, self._state.get(f"qmap{name[-1]}"))
+        return moments
 
     def write_copies(self) -> None:
         """Give the copies the frozen values."""
@@ -70,7 +79,9 @@ def _moments(tensor: Tensor, shape: torch.Size, clean: float, codes: Tensor | No
         if codes is None:  # codes are float8 numbers, whose zero is a zero byte
             tensor = tensor.view(torch.uint8)
     if codes is not None and tensor.dtype == torch.uint8:  # bitsandbytes too
-        clean = int(codes.abs().argmin())
+        if codes not in _ZERO_CODES:  # fetched once, since it makes a GPU wait
+            _ZERO_CODES[codes] = int(codes.abs().argmin())
+        clean = _ZERO_CODES[codes]
     if tensor.shape == shape:
         yield tensor, clean
     elif tensor.shape[1:] == shape:  # two moments in one

@@ -927,12 +927,17 @@ def stand_in(name: str, module: str, **attributes):
     return found
 
 
-def test_optimizers_that_keep_weights_elsewhere_are_refused():
+def test_optimizers_that_keep_weights_elsewhere_are_refused(monkeypatch):
+    monkeypatch.setattr("peft_cpift.isolation.engines.world_size", lambda: 2)
     adam = torch.optim.Adam([torch.zeros(1)])
     zero3 = "deepspeed.runtime.zero.stage3"
     for optimizer, cause in (
         (stand_in("FP16_Optimizer", "deepspeed.runtime.fp16.fused_optimizer", optimizer=adam), "FP16_Optimizer keeps"),
         (stand_in("DeepSpeedZeroOptimizer_Stage3", zero3, optimizer=adam, swap_optimizer=True), "NVMe: use the CPU"),
+        (
+            stand_in("DeepSpeedZeroOptimizer", "deepspeed.runtime.zero", optimizer=adam, round_robin_gradients=True),
+            "round_robin_gradients, under which",
+        ),
         (stand_in("Scheduler", "somewhere"), "Scheduler neither is nor wraps one"),
         (type("AdaLomo", (torch.optim.SGD,), {})([torch.zeros(1)]), "AdaLomo, which steps inside backward"),
     ):
@@ -961,3 +966,17 @@ def test_engines_that_are_not_known_are_refused(monkeypatch, state, cause):
     optimizer = torch.optim.Adam(model.parameters())
     with pytest.raises(CpiftError, match=cause):
         callback.on_train_begin(None, SimpleNamespace(global_step=0), None, model=model, optimizer=optimizer)
+
+
+def test_a_gradient_that_is_cut_otherwise_than_its_parameter_is_brought_to_its_shards():
+    """As tensor parallelism can leave it."""
+    whole = torch.arange(12.0).view(4, 3)
+    with process(1, 2):
+        mesh = init_device_mesh("cpu", (2,))
+        parameter = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None))
+        parameter.grad = distribute_tensor(whole, mesh, [Replicate()], src_data_rank=None)
+        place = locate_parameter("weight", parameter)
+        assert torch.equal(place.gradient(), whole[2:])
+        assert parameter.grad.placements == parameter.placements
+        place.gradient().zero_()
+        assert not parameter.grad.to_local().any()

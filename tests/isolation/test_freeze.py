@@ -6,9 +6,11 @@ optimizers are those that move entries without a gradient: by weight decay, mome
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
+import bitsandbytes
 import pytest
 import torch
 from accelerate import Accelerator
@@ -268,15 +270,21 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_never_waits_for_a_gpu():
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, bitsandbytes.optim.AdamW8bit])
+def test_a_step_never_waits_for_a_gpu(kind):
     """The operators that fetch a value or a size from the device are absent, except in a parameter's first step."""
     waiting = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"}
-    model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    with freeze_core(model, optimizer, make_region(model)) as frozen:
-        step(model, optimizer)
+    model = nn.Linear(64, 64)  # as many as bitsandbytes wants before it quantizes
+    region = CoreRegion(
+        {"weight": torch.arange(0, 4096, 5), "bias": torch.tensor([3])}, {"weight": (64, 64), "bias": (64,)}
+    )
+    optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.1)
+    with freeze_core(model, optimizer, region) as frozen:
+        for _ in range(2):
+            model(torch.randn(4, 64)).sum().backward()
+            optimizer.step()
         with Operators() as free:
-            model(torch.randn(4, 6)).sum().backward()
+            model(torch.randn(4, 64)).sum().backward()
             frozen._after_step(optimizer, (), {})
         with Operators() as asked:
             frozen.masked_grad_norm()
@@ -312,3 +320,157 @@ def test_a_model_that_is_still_frozen_can_be_freed():
     del model, optimizer
     gc.collect()
     assert alive() is None
+
+
+def test_both_names_of_a_tied_tensor_freeze_what_each_of_them_names():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    model["b"].weight = model["a"].weight
+    region = CoreRegion(
+        {"a.weight": torch.tensor([0, 4]), "b.weight": torch.tensor([4, 7])}, {"a.weight": (3, 3), "b.weight": (3, 3)}
+    )
+    before = model["a"].weight.detach().flatten().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    with freeze_core(model, optimizer, region) as frozen:
+        assert len(frozen) == 3
+        model["a"](torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert (model["a"].weight.detach().flatten() == before).nonzero().flatten().tolist() == [0, 4, 7]
+
+
+def test_a_parameter_that_begins_to_train_later_is_noticed_in_its_first_step():
+    model = make_model()
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def unfreeze_gradually() -> None:
+        with freeze_core(model, optimizer, make_region(model)):
+            step(model, optimizer)
+            model[0].weight.requires_grad_(True)
+            step(model, optimizer)
+
+    with pytest.raises(RuntimeError, match=r"'0\.weight' was not trainable"):
+        unfreeze_gradually()
+
+
+def test_a_parameter_without_gradient_that_momentum_still_moves_is_refused():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer)
+    model[0].weight.requires_grad_(False)
+    with (
+        pytest.raises(CpiftError, match=r"'0\.weight' requires no gradient"),
+        freeze_core(model, optimizer, make_region(model)),
+    ):
+        raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["model", "model-and-optimizer"])
+def test_a_parameter_that_is_replaced_is_noticed(known):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def replace() -> None:
+        with freeze_core(model, optimizer, make_region(model)):
+            model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+            if known:  # as engines do that prepare both
+                optimizer.param_groups[0]["params"][0] = model[0].weight
+                step(model, optimizer)
+                raise AssertionError("the step itself should have told")
+
+    with pytest.raises(RuntimeError, match=r"(in place of|another parameter).*'0\.weight'|'0\.weight' is another"):
+        replace()
+
+
+def test_a_step_that_is_cut_off_leaves_the_frozen_values():
+    model = make_model()
+    region = make_region(model)
+    before = model[0].weight.detach().flatten()[region.indices["0.weight"]].clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+
+    def interrupt() -> None:
+        with freeze_core(model, optimizer, region):
+            model[0].weight.data.mul_(2)  # what a step does before its hooks run
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert bits(model[0].weight.flatten()[region.indices["0.weight"]]) == bits(before)
+
+
+def test_no_region_at_all_is_refused():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(CpiftError, match="no region"), freeze_core(model, optimizer, []):
+        raise AssertionError("not reached")
+
+
+def test_the_optimizer_must_be_that_of_the_model():
+    model, other = make_model(), make_model()
+    frozen = FrozenCore(model, make_region(model))
+    with pytest.raises(CpiftError, match=r"trains none of the frozen parameters, '0\.weight'"):
+        frozen.attach(torch.optim.SGD(other.parameters()))
+    with pytest.warns(NoEffectWarning, match=r"1 frozen parameters, first '2\.bias', are not in this optimizer"):
+        frozen.attach(torch.optim.SGD(model[0].parameters()))
+
+
+def test_a_gradient_from_before_the_freezing_is_masked():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(4, 6)).square().sum().backward()
+    pull = model[0].weight.grad.flatten()[[0, 7, 29]].norm()
+    with freeze_core(model, optimizer, make_region(model)) as frozen:
+        assert model[0].weight.grad.flatten()[[0, 7, 29]].tolist() == [0.0, 0.0, 0.0]
+        assert frozen.masked_grad_norm() >= pull > 0
+        optimizer.step()
+
+
+def test_state_of_a_parameter_without_gradient_is_cleaned_when_it_has_one_again():
+    """Like an expert that gets no token in the first frozen step: its old moments must not pass for a clean step."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    region = CoreRegion(
+        {"a.weight": torch.tensor([0]), "b.weight": torch.tensor([1])}, {"a.weight": (2, 2), "b.weight": (2, 2)}
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1)
+
+    def train(*names: str) -> None:
+        optimizer.zero_grad()
+        sum(model[name](torch.ones(1, 2)).sum() for name in names).backward()
+        optimizer.step()
+
+    train("a", "b")
+    with freeze_core(model, optimizer, region):
+        train("a")
+        train("a", "b")
+        train("a", "b")
+    assert optimizer.state[model["b"].weight]["exp_avg"].flatten()[1] == 0
+
+
+def test_state_that_is_loaded_meanwhile_is_cleaned():
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    step(model, optimizer)
+    old = copy.deepcopy(optimizer.state_dict())
+    with freeze_core(model, optimizer, make_region(model)):
+        step(model, optimizer)
+        optimizer.load_state_dict(old)
+        step(model, optimizer)
+    assert not optimizer.state[model[0].weight]["exp_avg"].flatten()[[0, 7, 29]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_masked_norm_in_other_precisions(dtype):
+    model = nn.Linear(2, 1, bias=False).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    region = CoreRegion({"weight": torch.tensor([0, 1])}, {"weight": (1, 2)})
+    with freeze_core(model, optimizer, region) as frozen:
+        model(torch.tensor([[3.0, 4.0]], dtype=dtype)).sum().backward()
+        optimizer.step()
+        assert frozen.masked_grad_norm() == 5.0
+
+
+def test_a_model_that_is_cast_meanwhile_is_noticed():
+    model = make_model()
+    frozen = FrozenCore(model, make_region(model))
+    model.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="changed"):
+        frozen.verify()

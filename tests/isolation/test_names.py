@@ -231,3 +231,11 @@ def test_the_region_of_another_adapter_type_is_refused(tiny_model):
     lora = CoreRegion({n: torch.tensor([0]) for n in found}, {n: tuple(p.shape) for n, p in found.items()})
     with pytest.raises(CpiftError, match=r"has 8 tensors that the model has not.*propulsion_z"):
         FrozenCore(load(tiny_model, ADAPTERS["propulsion"]), lora)
+
+
+def test_several_active_adapters_are_refused(tiny_model):
+    model = load(tiny_model, ADAPTERS["lora"])
+    model.add_adapter("second", ADAPTERS["lora"])
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(CpiftError, match="several adapters are active"):
+        saved_parameters(model)

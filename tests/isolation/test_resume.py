@@ -522,3 +522,21 @@ def test_of_a_region_file_the_checkpoint_keeps_the_path(tiny_model, rows, tmp_pa
     state = json.loads(state_file(tmp_path, 1).read_text())
     arguments = state["stateful_callbacks"]["CoreIsolationCallback"]["args"]
     assert arguments == {"frozen": {"0": [str(file)], "5": [str(file)]}, "verify": "end"}
+
+
+class Renamed(CoreIsolationCallback):
+    """The callback as a user may have derived it meanwhile."""
+
+
+def test_a_tampered_checkpoint_is_refused_by_a_callback_of_another_name(tiny_model, rows, tmp_path):
+    model = load(tiny_model)
+    region = region_of(model)
+    make_trainer(model, rows, tmp_path, [CoreIsolationCallback(region)], max_steps=2).train()
+    file = tmp_path / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[UP].view(-1)[region.indices[UP][0]] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CpiftError, match="the checkpoint was changed"):
+        make_trainer(load(tiny_model), rows, tmp_path, [Renamed(region)], max_steps=4).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )

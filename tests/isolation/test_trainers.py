@@ -46,7 +46,7 @@ from transformers import (
 )
 from trl import BEMACallback, SFTConfig, SFTTrainer
 
-from peft_cpift import CoreIsolationCallback, CoreRegion, CpiftError, PropulsionConfig, freeze_core
+from peft_cpift import CoreIsolationCallback, CoreRegion, CpiftError, NoEffectWarning, PropulsionConfig, freeze_core
 from peft_cpift.isolation.names import saved_parameters
 
 # TRL's experimental trainers say at every import that they may change.
@@ -752,6 +752,41 @@ def test_keys_that_are_no_steps_are_refused(key):
     assert repr(key) in str(error.value)
 
 
+@pytest.mark.parametrize("frozen", [[], {}, {0: []}], ids=repr)
+def test_no_region_at_all_is_refused_at_once(frozen):
+    with pytest.raises(CpiftError, match="no region to freeze"):
+        CoreIsolationCallback(frozen)
+
+
+def test_a_step_that_is_named_twice_is_refused():
+    region = CoreRegion({"w": torch.tensor([0])}, {"w": (2,)})
+    with pytest.raises(CpiftError, match="each once: got 5"):
+        CoreIsolationCallback({"5": region, 5: region})
+
+
+def test_a_stage_after_the_end_of_the_training_warns(tiny_model, sums, tmp_path):
+    model = load(tiny_model)
+    region = region_of(trained(model))
+    callbacks = [CoreIsolationCallback({0: region, 2: region})]
+    with pytest.warns(NoEffectWarning, match="frozen from step 2 on never are: the training ends at 2"):
+        train_plainly(tiny_model, equal_rows(tiny_model, sums), tmp_path, model, callbacks, max_steps=2)
+
+
+def test_the_figure_of_a_step_after_a_skipped_one_is_its_own():
+    """As after an overflow under fp16, where the optimizer's step is not called."""
+    model = nn.Linear(2, 1, bias=False)
+    callback = CoreIsolationCallback(region_of(dict(model.named_parameters()), every=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = SimpleNamespace(global_step=0, max_steps=9, stateful_callbacks={}, log_history=[{}])
+    args = SimpleNamespace(load_best_model_at_end=False)
+    callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
+    for factor in (float("inf"), 1.0):
+        callback.on_step_begin(args, state, None, optimizer=optimizer)
+        (factor * model(torch.tensor([[3.0, 4.0]]))).sum().backward()
+    callback.on_log(args, state, None, logs={"loss": 1.0, "learning_rate": 0.1})
+    assert state.log_history[-1]["cpift/masked_grad_norm"] == 5.0
+
+
 def test_a_region_file_that_is_missing_is_refused_at_once_in_any_stage(tmp_path):
     region = CoreRegion({"w": torch.tensor([0])}, {"w": (2,)})
     with pytest.raises(CpiftError, match=r"nowhere\.safetensors"):
@@ -830,7 +865,7 @@ def test_the_gradient_scalers_factor_is_taken_out_of_the_norm():
     model = nn.Linear(2, 1, bias=False)
     callback = CoreIsolationCallback(region_of(dict(model.named_parameters()), every=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    state = SimpleNamespace(global_step=0, stateful_callbacks={}, log_history=[{}])
+    state = SimpleNamespace(global_step=0, max_steps=9, stateful_callbacks={}, log_history=[{}])
     control = SimpleNamespace(should_log=True)
     args = SimpleNamespace(load_best_model_at_end=False)
     callback.on_train_begin(args, state, control, model=model, optimizer=optimizer)

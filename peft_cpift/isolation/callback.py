@@ -35,16 +35,17 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
 
     Each log entry of the training gets two figures: `cpift/frozen_fraction`, the frozen share of the trained
     coordinates, and `cpift/masked_grad_norm`, the norm of the gradient taken from them in the last step: how hard the
-    task pulls at the frozen core. transformers calls reporters such as W&B before a user's callbacks, so they
-    see them only after `trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(callback))`.
+    task pulls at the frozen core. transformers calls reporters such as W&B before a user's callbacks, so they see them
+    only after `trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(callback))`. Give all regions to one
+    callback: the figures of two would stand under the same names.
 
     Checkpoints keep a fingerprint of the frozen values, and a training that is resumed from one, on any number of
-    processes, stops at once if they are not those from before the training.
+    processes, stops at once if they are not those from before the training. If a training is cut off inside an
+    optimizer step (Ctrl-C), `callback.frozen.restore()` puts the values back before the model is saved.
 
     Args:
-        frozen: one or more core regions, or their files. Or a schedule: a mapping from the
-            optimizer step from which regions are frozen, 0 for the beginning, to these regions. What is frozen stays
-            frozen.
+        frozen: one or more core regions, or their files. Or a schedule: a mapping from the optimizer step from which
+            regions are frozen, 0 for the beginning, to these regions. What is frozen stays frozen.
         verify: when to compare: "end" for every checkpoint and the end, "step" for every optimizer step as well, which
             finds what else writes to the model but makes a GPU wait.
 

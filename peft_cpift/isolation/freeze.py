@@ -64,7 +64,8 @@ class FrozenCore:
 
     Args:
         model: a model in memory, wrapped by PEFT, `torch.compile`, DistributedDataParallel or DeepSpeed or not, or
-            sharded by FSDP2, and then prepared for training already.
+            sharded by FSDP2, in the form in which it will train: one that is prepared or unfrozen later is refused in
+            the first step.
         regions: one or more core regions, or their files. Their names are those of the saved checkpoint, or for a PEFT
             model those of its active adapter as saved.
 
@@ -348,10 +349,13 @@ def freeze_core(
 ) -> Iterator[FrozenCore]:
     """Hold the coordinates of `regions` fixed, to the bit, inside the block; verified when it ends.
 
+    Gradients are masked as autograd accumulates them; one that is assigned by hand, or that a communication hook
+    reconstructs after the reduction (PowerSGD), counts in the clipped norm, though it moves no frozen value.
+
     Args:
-        model, regions: see `FrozenCore`.
+        model, regions: see `FrozenCore`. All processes of a distributed training enter the block together.
         optimizer: the optimizer whose steps are to leave the coordinates alone, or accelerate's or DeepSpeed's wrapper
-            of it.
+            of it. Where several step on one model, nest a block for each.
 
     Raises:
         CpiftError: a region does not fit the model, or the optimizer cannot be held.

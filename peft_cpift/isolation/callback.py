@@ -162,8 +162,9 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
     def _compare(self, callbacks: dict[str, dict | list[dict]]) -> None:
         """Raise CpiftError if the frozen values of a resumed training are not those from before it was first begun."""
         # Not by the name of the class, which may have changed.
-        states = chain.from_iterable(kept if isinstance(kept, list) else [kept] for kept in callbacks.values())
-        saved = [state["attributes"]["fingerprints"] for state in states if "fingerprints" in state["attributes"]]
+        states = chain.from_iterable(one if isinstance(one, list) else [one] for one in callbacks.values())
+        kept = [state.get("attributes", {}).get("fingerprints") for state in states]
+        saved = [prints for prints in kept if prints is not None]
         if not saved:
             warnings.warn(
                 "the checkpoint was written without core isolation: its values are frozen as they are now",

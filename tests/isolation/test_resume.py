@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from peft_cpift import CoreIsolationCallback, CoreRegion, CpiftError, PropulsionConfig
 from peft_cpift.isolation.names import saved_parameters
@@ -540,3 +541,18 @@ def test_a_tampered_checkpoint_is_refused_by_a_callback_of_another_name(tiny_mod
         make_trainer(load(tiny_model), rows, tmp_path, [Renamed(region)], max_steps=4).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-2")
         )
+
+
+class Counter(TrainerCallback, ExportableState):
+    """Another callback with a state, which has no attributes."""
+
+    def state(self) -> dict:
+        return {"args": {}}
+
+
+def test_the_states_of_other_callbacks_do_not_matter(tiny_model, rows, tmp_path):
+    region = region_of(load(tiny_model))
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        trainer = make_trainer(load(tiny_model), rows, tmp_path, [Counter(), CoreIsolationCallback(region)])
+        trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step > 2

@@ -162,11 +162,6 @@ class FrozenCore:
         self._handles.append(optimizer.register_load_state_dict_post_hook(self._clear_state))
         self._optimizer = optimizer
 
-    @property
-    def attached(self) -> bool:
-        """Whether the coordinates are being held in an optimizer's steps."""
-        return self._optimizer is not None
-
     def detach(self) -> None:
         """Let the coordinates go."""
         while self._handles:

@@ -52,10 +52,6 @@ class Whole:
         """The tensor on which the optimizer steps; the engine refreshes every other copy from it after the step."""
         return self.parameter.detach()
 
-    def write(self, positions: Tensor, values: Tensor) -> None:
-        """Put `values` at flat `positions` of what is stored."""
-        put_(self.stored(), positions, values)
-
     def visible(self) -> Tensor | None:
         """What the model computes with, at the positions of `stored`, where that is another tensor."""
         return None

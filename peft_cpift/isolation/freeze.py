@@ -64,8 +64,8 @@ class FrozenCore:
 
     Args:
         model: a model in memory, wrapped by PEFT, `torch.compile`, DistributedDataParallel or DeepSpeed or not, or
-            sharded by FSDP2, in the form in which it will train: one that is prepared or unfrozen later is refused in
-            the first step.
+            sharded by FSDP2, in the form in which it will train: what is prepared or unfrozen later is an error in the
+            optimizer's next step, or in the next check if another optimizer steps.
         regions: one or more core regions, or their files. Their names are those of the saved checkpoint, or for a PEFT
             model those of its active adapter as saved.
 
@@ -119,7 +119,7 @@ class FrozenCore:
         places = locate_region(region, self._parameters)
         optimizer = self._optimizer
         self.detach()
-        self._held, self._idle, self._indices = [], {}, {}
+        self._held, self._indices = [], {}  # what is idle stays known, so that it cannot begin to train unseen
         for names in _group_tied(places):
             place = places[names[0]]
             if not place.parameter.requires_grad:
@@ -172,7 +172,7 @@ class FrozenCore:
     def restore(self) -> None:
         """Write the frozen values back. Attached, every optimizer step ends so."""
         for held in self._held:
-            held.place.write(held.positions, held.values)
+            put_(held.place.stored(), held.positions, held.values)
 
     @torch.no_grad()
     def verify(self) -> None:

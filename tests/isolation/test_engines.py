@@ -752,7 +752,7 @@ def check_place(place: Sharded, pieces: Tensor, whole: Tensor) -> tuple[Tensor, 
     before = stored.clone()
     put_(stored, positions, values + 1)
     assert torch.equal(stored - before, torch.isin(pieces, indices).to(stored.dtype))
-    place.write(positions, values)
+    put_(place.stored(), positions, values)
     assert torch.equal(place.stored(), before)
     counted = torch.zeros(whole.numel(), dtype=torch.int64)
     if not place.counts():

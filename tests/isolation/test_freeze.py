@@ -474,3 +474,19 @@ def test_a_model_that_is_cast_meanwhile_is_noticed():
     model.to(torch.bfloat16)
     with pytest.raises(RuntimeError, match="changed"):
         frozen.verify()
+
+
+def test_what_was_not_trainable_is_not_forgotten_when_more_is_frozen():
+    model = make_model()
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    def unfreeze_after_extending() -> None:
+        with freeze_core(model, optimizer, make_region(model)) as frozen:
+            frozen.extend(CoreRegion({"2.bias": torch.tensor([0])}, shapes))
+            model[0].weight.requires_grad_(True)
+            step(model, optimizer)
+
+    with pytest.raises(RuntimeError, match=r"'0\.weight' was not trainable"):
+        unfreeze_after_extending()

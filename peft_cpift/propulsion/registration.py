@@ -35,8 +35,8 @@ def register_propulsion() -> None:
         member = _add_member(_NAME)
     elif getattr(member, "owner", None) != _OWNER:
         raise RuntimeError(
-            "PEFT already has a method PROPULSION that is not peft_cpift's; use that one and do not import "
-            "peft_cpift.propulsion, or install a peft release without it."
+            "PEFT already has a method PROPULSION that is not peft_cpift's; use that one without importing "
+            "peft_cpift, or install a peft release without it."
         )
     for table in (
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING,

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import override
 
+from peft_cpift.checkpoint.chunks import chunks
+from peft_cpift.checkpoint.header import Place, read_header
+from peft_cpift.checkpoint.tensors import InMemory, Tensors, kept_name
 from peft_cpift.errors import CpiftError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_CONFIG = "config.json"
 MODEL_INDEX = "model.safetensors.index.json"
 MODEL_WEIGHTS = "model.safetensors"
 
@@ -23,11 +27,14 @@ Source = str | os.PathLike | Mapping[str, Tensor]
 """Where tensors come from: a checkpoint or adapter folder, or tensors in memory by name."""
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class Checkpoint(Tensors):
     """The tensors of a saved model or adapter, in the order of their names.
 
-    Opening reads the headers only, so `names`, `shapes` and `dtypes` cost nothing; `checkpoint[name]` reads that
-    tensor from a memory map and nothing else.
+    Opening reads the headers only, so `shapes` and `dtypes` cost nothing; `checkpoint[name]` reads that tensor, and
+    `checkpoint.part(name, start, stop)` no more than that part of it. Files are read rather than mapped: as fast, and
+    neither address space nor resident memory grows with the model. Nothing is held open.
+
+    A model whose configuration ties its word embeddings, and whose files hold them twice all the same, has them once.
 
     Args:
         folder: holds `adapter_model.safetensors` (an adapter), or `model.safetensors.index.json` with its shards, or
@@ -35,11 +42,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Attributes:
         folder: the folder.
-        shapes: name -> shape.
-        dtypes: name -> safetensors' name of the dtype, for instance `"BF16"`.
 
     Raises:
-        CpiftError: the folder or a file is missing, is damaged, or an index names a file outside the folder.
+        CpiftError: the folder or a file is missing, is damaged, or an index names a file outside the folder; or a
+            tensor is of a dtype whose values are not plain numbers.
 
     Example:
         >>> import tempfile, torch
@@ -47,38 +53,49 @@ class Checkpoint(Mapping[str, Tensor]):
         >>> folder = tempfile.mkdtemp()
         >>> save_file({"w": torch.arange(3.0)}, f"{folder}/model.safetensors")
         >>> checkpoint = Checkpoint(folder)
-        >>> checkpoint.shapes, checkpoint["w"].tolist()
-        ({'w': (3,)}, [0.0, 1.0, 2.0])
+        >>> checkpoint.shapes, checkpoint["w"].tolist(), checkpoint.part("w", 1, 2).tolist()
+        ({'w': (3,)}, [0.0, 1.0, 2.0], [1.0])
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self._files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: dict[str, str] = {}
+        self.label = str(self.folder)
+        self._places: dict[str, Place] = {}
         files, indexed = _weight_files(self.folder)
+        self._stamps = {}
         for file in files:
-            with _open(file) as handle:
-                for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                    if name in self._files:
-                        raise CpiftError(f"tensor '{name}' is in both {self._files[name]} and {file}: remove one")
-                    self._files[name] = file
-                    view = handle.get_slice(name)
-                    shapes[name], dtypes[name] = tuple(view.get_shape()), view.get_dtype()
-        for name in sorted(indexed - self._files.keys()):
+            self._stamps[file] = _stamp(os.stat(file))
+            for name, place in read_header(file).items():
+                if name in self._places:
+                    raise CpiftError(f"tensor '{name}' is in both {self._places[name].file} and {file}: remove one")
+                self._places[name] = place
+        for name in sorted(indexed - self._places.keys()):
             raise CpiftError(f"{self.folder / MODEL_INDEX} names tensor '{name}', which no shard has: fetch it again")
-        self.shapes = {name: shapes[name] for name in sorted(shapes)}
-        self.dtypes = {name: dtypes[name] for name in sorted(dtypes)}
+        self.shapes = {name: self._places[name].shape for name in sorted(self._places)}
+        self.dtypes = {name: self._places[name].dtype for name in self.shapes}
+        for name in self._repeated_embeddings():
+            del self.shapes[name], self.dtypes[name]
 
-    def __getitem__(self, name: str) -> Tensor:
-        with _open(self._files[name]) as handle:
-            return handle.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+    @override
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        dtype, _, file, offset = self._places[name]
+        raw = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
+        view = memoryview(raw.numpy())
+        try:
+            with open(file, "rb", buffering=0) as stream:
+                if _stamp(os.fstat(stream.fileno())) != self._stamps[file]:
+                    raise CpiftError(f"{file} was changed after it was opened: run again")
+                stream.seek(offset + start * dtype.itemsize)
+                while len(view):  # a single read gives at most 2 GiB
+                    count = stream.readinto(view)
+                    if not count:
+                        raise CpiftError(
+                            f"{file} ends within tensor '{name}': it was changed meanwhile, or is damaged"
+                        )
+                    view = view[count:]
+        except OSError as error:
+            raise CpiftError(f"cannot read {file}: {error}") from error
+        return raw.view(dtype)
 
     @property
     def is_adapter(self) -> bool:
@@ -86,36 +103,54 @@ class Checkpoint(Mapping[str, Tensor]):
         return (self.folder / ADAPTER_WEIGHTS).is_file()
 
     @cached_property
+    @override
     def adapter_config(self) -> dict:
         """The adapter's configuration, as saved; empty for a whole model. CpiftError if an adapter has none."""
         return read_json(self.folder / ADAPTER_CONFIG) if self.is_adapter else {}
 
-    def __repr__(self) -> str:
-        return f"Checkpoint('{self.folder}', {len(self)} tensors)"
+    @cached_property
+    def model_config(self) -> dict:
+        """The model's configuration, as saved; empty if there is none, as in an adapter's folder."""
+        file = self.folder / MODEL_CONFIG
+        return read_json(file) if file.is_file() else {}
+
+    def _repeated_embeddings(self) -> list[str]:
+        """All but one name of the word embeddings, if the configuration ties them and the files repeat them."""
+        text = self.model_config.get("text_config")
+        config = self.model_config | (text if isinstance(text, dict) else {})
+        if self.is_adapter or not config.get("tie_word_embeddings"):
+            return []
+        words = config.get("vocab_size")
+        tables = [name for name, shape in self.shapes.items() if len(shape) == 2 and shape[0] == words]
+        groups: list[list[str]] = []
+        for name in tables:
+            group = next((group for group in groups if self._equal(group[0], name)), None)
+            groups.append([name]) if group is None else group.append(name)
+        return [name for group in groups for name in group if name != kept_name(group)]
+
+    def _equal(self, first: str, second: str) -> bool:
+        if self.shapes[first] != self.shapes[second] or self.dtypes[first] != self.dtypes[second]:
+            return False
+        parts = (
+            [self.part(name, start, stop).view(torch.uint8) for name in (first, second)]
+            for start, stop in chunks(self.size(first))
+        )
+        return all(torch.equal(a, b) for a, b in parts)
 
 
-def open_source(source: Source) -> Mapping[str, Tensor]:
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written again."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def open_source(source: Source) -> Tensors:
     """The tensors of `source` by name: a folder is opened as a `Checkpoint`, a mapping is taken as it is.
 
-    Of names in a mapping that share one storage (tied weights), the first is kept, as in a saved checkpoint.
+    Of names in a mapping that share one storage (tied weights), one is kept, as in a saved checkpoint.
     """
-    if not isinstance(source, Mapping):
-        return Checkpoint(source)
-    if isinstance(source, Checkpoint):
+    if isinstance(source, Tensors):
         return source
-    distinct: dict[tuple, str] = {}
-    for name, tensor in source.items():
-        if not isinstance(tensor, Tensor):
-            raise CpiftError(f"'{name}' is a {type(tensor).__name__}, not a tensor: pass tensors by name")
-        # Empty tensors all share address 0, so they are told apart by name.
-        key = (name,) if tensor.numel() == 0 else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
-        distinct.setdefault(key, name)
-    return {name: source[name] for name in sorted(distinct.values())}
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, from the headers where `tensors` is a `Checkpoint`."""
-    return tensors.shapes if isinstance(tensors, Checkpoint) else {name: tuple(t.shape) for name, t in tensors.items()}
+    return InMemory(source) if isinstance(source, Mapping) else Checkpoint(source)
 
 
 def read_json(file: Path) -> dict:
@@ -161,13 +196,10 @@ def _shards(folder: Path) -> tuple[list[Path], set[str]]:
     return files, set(weight_map)
 
 
-def _open(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CpiftError(f"cannot read {file}: {error}") from error
-
-
-def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is float64, else float32: the dtype of updates and interpolations (ours)."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def check_unquantized(checkpoint: Tensors) -> None:
+    """Raise CpiftError if the values mean nothing without scales that are kept beside them."""
+    if isinstance(checkpoint, Checkpoint) and checkpoint.model_config.get("quantization_config"):
+        raise CpiftError(
+            f"{checkpoint.folder} is quantized (its {MODEL_CONFIG} has a quantization_config), and such values cannot "
+            "be compared or averaged: dequantize the model and save it again"
+        )

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
+from peft_cpift.checkpoint.header import make_header
 from peft_cpift.checkpoint.reader import MODEL_INDEX, MODEL_WEIGHTS
 from peft_cpift.errors import CpiftError
 
-MAX_SHARD_BYTES = 2 * 1024**3
-"""Default size at which a checkpoint is split: as many bytes as are held in memory before they are written (ours)."""
+MAX_SHARD_BYTES = 5 * 10**9
+"""Default size at which a checkpoint is split (ours)."""
 
 
 @contextmanager
@@ -83,59 +85,77 @@ def write_json(path: Path, content: dict | list) -> None:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-class ShardWriter:
-    """Write tensors one by one as a checkpoint that `from_pretrained` loads, holding at most one shard in memory.
+def write_tensors(
+    folder: Path,
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    parts: Callable[[str], Iterable[Tensor]],
+    file_name: str = MODEL_WEIGHTS,
+    *,
+    max_shard_bytes: int | None = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors part by part as files that `from_pretrained` loads, holding one part in memory at a time.
+
+    Shapes and dtypes are given beforehand, so that each file can begin with its header. safetensors' own writer wants
+    all tensors of a file at once, which is why this one exists.
 
     Args:
         folder: an existing folder.
-        file_name: the name if everything fits one shard; for an adapter, whose loaders know no shards, give
+        layout: name -> (shape, dtype) of every tensor. Dtypes with wide items are written first, so that each tensor
+            starts at a multiple of its item size, and equal ones in the order of their names.
+        parts: called with each name in turn; gives the tensor's entries in row-major order, in parts of any size.
+        file_name: the name if everything fits one file; for an adapter, whose loaders know no shards, give
             `adapter_model.safetensors` and `max_shard_bytes=None`.
-        max_shard_bytes: split above this size; None never splits.
+        max_shard_bytes: split above this size, with an index; None never splits. A tensor is never split.
+        metadata: for the header of every file; by default that of a PyTorch model, which transformers asks for.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import load_file
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_tensors(folder, {"w": ((2, 2), torch.float32)}, lambda name: [torch.zeros(3), torch.ones(1)])
+        >>> load_file(folder / "model.safetensors")["w"].tolist()
+        [[0.0, 0.0], [0.0, 1.0]]
     """
+    shards = _split(layout, max_shard_bytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = file_name
+        if len(shards) > 1:
+            file = f"{Path(file_name).stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map.update(dict.fromkeys(shard, file))
+        with complete_file(folder / file) as temporary, open(temporary, "wb") as stream:
+            stream.write(make_header(shard, metadata or {"format": "pt"}))
+            for name, (shape, dtype) in shard.items():
+                written = 0
+                for part in parts(name):
+                    if part.dtype != dtype:
+                        raise ValueError(f"a part of '{name}' is {part.dtype}, not {dtype}")
+                    written += part.numel()
+                    stream.write(part.contiguous().reshape(-1).view(torch.uint8).numpy())
+                if written != math.prod(shape):
+                    raise ValueError(f"'{name}' of shape {shape} was given {written} entries")
+    if len(shards) > 1:
+        total = sum(_bytes(*tensor) for tensor in layout.values())
+        write_json(folder / MODEL_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    def __init__(self, folder: Path, file_name: str = MODEL_WEIGHTS, *, max_shard_bytes: int | None = MAX_SHARD_BYTES):
-        self.folder = folder
-        self.file_name = file_name
-        self.max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._pending_bytes = self._total_bytes = 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor; the order of the calls is the order in the files."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self.max_shard_bytes is not None and self._pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += size
-        self._total_bytes += size
+def _split(layout: Mapping[str, tuple], max_bytes: int | None) -> list[dict[str, tuple]]:
+    """The tensors of each file, in the order in which they lie there."""
+    shards: list[dict[str, tuple]] = [{}]
+    filled = 0
+    for name in sorted(layout, key=lambda name: (-layout[name][1].itemsize, name)):
+        size = _bytes(*layout[name])
+        if shards[-1] and max_bytes is not None and filled + size > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = layout[name]
+        filled += size
+    return shards
 
-    def close(self) -> None:
-        """Write what is left, name the shards by their final count, and write the index if there are several."""
-        self._flush()
-        if len(self._shards) == 1:
-            os.replace(self._part(0), self.folder / self.file_name)
-            return
-        stem = Path(self.file_name).stem
-        weight_map = {}
-        for number, names in enumerate(self._shards):
-            file = f"{stem}-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            os.replace(self._part(number), self.folder / file)
-            weight_map.update(dict.fromkeys(names, file))
-        write_json(
-            self.folder / MODEL_INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        )
 
-    def _flush(self) -> None:
-        # transformers refuses a file whose metadata does not name the framework.
-        part = self._part(len(self._shards))
-        save_file(self._pending, part, metadata={"format": "pt"})
-        part.chmod(0o666 & ~_umask())
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.part"
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 def _umask() -> int:

@@ -1,4 +1,4 @@
-"""The one exception for input that cannot be used, and the one warning for settings that change nothing."""
+"""The one exception for input that cannot be used, and the warnings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ class CpiftError(ValueError):
 
     The message is one line that names the culprit and says what to do; the command line prints it without a traceback.
     """
+
+
+class MismatchWarning(UserWarning):
+    """Files that are used together seem to come from different trainings."""
 
 
 class NoEffectWarning(UserWarning):

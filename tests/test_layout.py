@@ -14,17 +14,19 @@ ROOT = Path(peft_cpift.__file__).parent
 BELOW = {
     "errors": set(),
     "checkpoint": {"errors"},
-    "core": {"checkpoint", "errors"},
-    "fusion": {"core", "checkpoint", "errors"},
+    "adapters": {"checkpoint", "errors"},
+    "core": {"adapters", "checkpoint", "errors"},
+    "fusion": {"adapters", "core", "checkpoint", "errors"},
+    "baselines": {"fusion", "checkpoint", "errors"},
     "isolation": {"core", "errors"},
     "propulsion": {"errors"},
     "report": {"checkpoint"},
     "demo": set(),
     "pipeline": {"report", "fusion", "isolation", "core", "checkpoint", "propulsion", "errors"},
     "cli": {"pipeline", "report", "fusion", "core", "checkpoint", "demo", "errors"},
-    "__init__": {"fusion", "isolation", "core", "propulsion", "errors"},
+    "__init__": {"baselines", "fusion", "isolation", "core", "propulsion", "errors"},
 }
-# These need no library of training, whose loading takes seconds, so that they can be used without it one day.
+# These need no library of training, whose loading takes seconds; tests/test_import.py looks at what is really loaded.
 WITHOUT_TRAINING = {"errors", "checkpoint", "core", "fusion", "demo"}
 TRAINING = {"peft", "transformers", "trl", "accelerate", "datasets"}
 

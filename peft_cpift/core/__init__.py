@@ -1,15 +1,19 @@
 """Core regions: which coordinates a task moved most, how the regions of tasks overlap, and in which order to train."""
 
 from peft_cpift.core.order import order_groups
-from peft_cpift.core.overlap import group_tasks, jaccard_index, jaccard_matrix
-from peft_cpift.core.region import CoreRegion, find_core_region, load_regions
+from peft_cpift.core.overlap import Overlap, group_tasks, jaccard_index, jaccard_matrix, measure_overlap
+from peft_cpift.core.region import CoreRegion, load_regions
+from peft_cpift.core.search import CoreSearch, find_core_region
 
 __all__ = [
     "CoreRegion",
+    "CoreSearch",
+    "Overlap",
     "find_core_region",
     "group_tasks",
     "jaccard_index",
     "jaccard_matrix",
     "load_regions",
+    "measure_overlap",
     "order_groups",
 ]

@@ -1,27 +1,26 @@
-"""Core regions: the coordinates that a task moved most, found in its fine-tuned parameters, and their file."""
+"""Core regions: the coordinates that a task moved most, and their file."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_cpift.checkpoint.reader import Checkpoint, Source, open_source, shapes_of, working_dtype
-from peft_cpift.checkpoint.writer import complete_file
-from peft_cpift.core.selection import select_largest
-from peft_cpift.errors import CpiftError, NoEffectWarning
+from peft_cpift.checkpoint.writer import write_tensors
+from peft_cpift.core.indices import Indices
+from peft_cpift.errors import CpiftError
 
 FORMAT = "cpift-core-region"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SCOPES = ("global", "tensor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,70 +28,86 @@ class CoreRegion:
     """A set of single coordinates of a model's or adapter's tensors.
 
     Attributes:
-        indices: tensor name -> flat (row-major) indices, int64, ascending and unique; only tensors with at least one.
+        indices: tensor name -> flat (row-major) indices, ascending and unique, given in any integer dtype and read as
+            int64; only tensors with at least one.
         shapes: the shape of every tensor that was considered, by name, whether it has core coordinates or not.
         percent: the p that was asked for, in (0, 100]; None for a union.
+        scope: whether p is of all coordinates together (`"global"`, the paper), or of each tensor (`"tensor"`).
+        tuned, base: digests of the tensors that the region was found in, or None.
 
     `len(region)` is the number of coordinates, `region.total` the number D of those considered, `a | b` the union.
 
     Raises:
-        CpiftError: indices unsorted, repeated or out of range, or for a tensor without a shape.
+        CpiftError: indices unsorted, repeated or out of range, for a tensor without a shape, or more than p allows.
 
-    Source: stage 1 of CPI-FT (arXiv 2508.21741); the file format is ours.
+    Source: stage 1 of CPI-FT (arXiv 2508.21741); the file format is ours, see docs/core-region.md.
 
     Example:
         >>> region = CoreRegion({"w": torch.tensor([0, 3])}, {"w": (2, 2)}, percent=50.0)
-        >>> len(region), region.total
-        (2, 4)
+        >>> len(region), region.total, region.indices["w"]
+        (2, 4, tensor([0, 3]))
     """
 
-    indices: dict[str, Tensor]
+    indices: Mapping[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
     percent: float | None = None
+    scope: str = "global"
+    tuned: str | None = None
+    base: str | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
-        if self.percent is not None:
-            _check_percent(self.percent)
-        for name, index in self.indices.items():
-            if name not in self.shapes:
-                raise CpiftError(f"core region has indices for '{name}' but no shape: give its shape too")
-            size = math.prod(self.shapes[name])
-            if index.dtype != torch.int64 or index.dim() != 1 or index.numel() == 0:
-                raise CpiftError(f"core region's indices for '{name}' must be a non-empty vector of int64")
-            if index[0] < 0 or index[-1] >= size or bool((index[1:] <= index[:-1]).any()):
-                raise CpiftError(f"core region's indices for '{name}' must be ascending and unique in [0, {size})")
+        object.__setattr__(self, "shapes", {name: tuple(self.shapes[name]) for name in sorted(self.shapes)})
+        object.__setattr__(self, "indices", Indices(self.indices, self.shapes))
+        if self.scope not in SCOPES:
+            raise CpiftError(f"unknown scope '{self.scope}': use one of {', '.join(SCOPES)}")
+        if self.percent is None:
+            return
+        check_percent(self.percent)
+        object.__setattr__(self, "percent", float(self.percent))  # 1 and 1.0 are written alike
+        groups = [self.shapes] if self.scope == "global" else [[name] for name in self.shapes]
+        for names in groups:
+            most = share_of(sum(math.prod(self.shapes[name]) for name in names), self.percent)
+            count = sum(map(self.indices.count, names))
+            if count > most:
+                where = "it" if self.scope == "global" else f"tensor '{names[0]}'"
+                raise CpiftError(f"core region of {self.percent} percent: {where} has {count} coordinates, not {most}")
 
     def __len__(self) -> int:
-        return sum(index.numel() for index in self.indices.values())
+        return sum(map(self.indices.count, self.indices))
 
     @property
     def total(self) -> int:
         """D: the number of coordinates that were considered."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(map(math.prod, self.shapes.values()))
 
     def __or__(self, other: CoreRegion) -> CoreRegion:
         check_same_shapes(self, other)
-        indices = dict(self.indices)
-        for name, index in other.indices.items():
-            indices[name] = torch.cat([indices[name], index]).unique() if name in indices else index
+        indices = dict(self.indices.compact)
+        for name in other.indices:
+            both = [region.indices[name] for region in (self, other) if name in region.indices]
+            indices[name] = torch.cat(both).unique()
         return CoreRegion(indices, {**self.shapes, **other.shapes})
 
     def save(self, file: str | os.PathLike) -> None:
-        """Write the region as safetensors: a tensor of indices per name; percent and shapes in the metadata."""
+        """Write the region as safetensors: a vector of indices per name, the rest in the metadata."""
         metadata = {
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
+            "total": str(self.total),
             "percent": json.dumps(self.percent),
+            "scope": self.scope,
             "shapes": json.dumps(self.shapes),
+            **{key: digest for key, digest in (("tuned", self.tuned), ("base", self.base)) if digest is not None},
         }
-        with complete_file(file) as temporary:
-            # Copied, since safetensors refuses names that share one tensor.
-            save_file({name: index.clone() for name, index in self.indices.items()}, temporary, metadata)
+        file, compact = Path(file), self.indices.compact
+        layout = {name: (tuple(index.shape), index.dtype) for name, index in compact.items()}
+        write_tensors(
+            file.parent, layout, lambda name: [compact[name]], file.name, max_shard_bytes=None, metadata=metadata
+        )
 
     @classmethod
     def load(cls, file: str | os.PathLike) -> CoreRegion:
-        """Read a region written by `save`.
+        """Open a region written by `save`. Its indices are checked, and stay in the file, mapped into memory.
 
         Raises:
             CpiftError: the file is missing, damaged, of another format, or its indices do not fit its shapes.
@@ -113,58 +128,14 @@ class CoreRegion:
         try:
             percent = json.loads(metadata["percent"])
             shapes = {name: tuple(map(_size, shape)) for name, shape in json.loads(metadata["shapes"]).items()}
-            return cls(indices, shapes, percent)
+            region = cls(
+                indices, shapes, percent, metadata["scope"], tuned=metadata.get("tuned"), base=metadata.get("base")
+            )
+            if str(region.total) != metadata["total"]:
+                raise ValueError(f"its shapes have {region.total} coordinates, not {metadata['total']}")
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise CpiftError(f"{file} is damaged: {error}") from error
-
-
-def find_core_region(tuned: Source, base: Source | None = None, *, percent: float = 1.0) -> CoreRegion:
-    """Find the core region of a task: the coordinates that fine-tuning on it moved most.
-
-    Exactly floor(percent * D / 100) coordinates with the largest |tuned - base| over all tensors at once, D being the
-    number of coordinates of the floating-point tensors. Ties go to the smaller (name, flat index). A coordinate that
-    did not move is never core: if fewer moved, the region is smaller, with a warning. Differences are formed in
-    float32, or in float64 where either side is (ours).
-
-    Args:
-        tuned: the parameters after fine-tuning on the task: checkpoint folder, adapter folder, or tensors by name.
-        base: the same before fine-tuning. May be left out for Propulsion adapters only, whose vectors start at 1.
-        percent: p, in (0, 100].
-
-    Raises:
-        CpiftError: a tensor is missing on one side, shapes differ, a value is not finite, or a base is needed.
-
-    Source: stage 1 of CPI-FT (arXiv 2508.21741); tie rule, warning and dtype are ours.
-
-    Example:
-        >>> tuned, base = {"w": torch.tensor([0.0, 5.0, -7.0, 1.0])}, {"w": torch.zeros(4)}
-        >>> find_core_region(tuned, base, percent=50).indices
-        {'w': tensor([1, 2])}
-    """
-    _check_percent(percent)
-    tuned = open_source(tuned)
-    base = None if base is None else open_source(base)
-    shapes = _check_pair(tuned, base)
-
-    floating = {name: shape for name, shape in shapes.items() if _is_floating(tuned, name) and not is_frozen(name)}
-    total = sum(math.prod(shape) for shape in floating.values())
-    # The decimal as written: in binary floating point 0.29 % of 10,000 would come to 28.
-    wanted = math.floor(Fraction(str(percent)) * total / 100)
-    region = CoreRegion(select_largest(_updates(tuned, base, floating), wanted), floating, percent)
-    if len(region) < wanted:
-        warnings.warn(
-            f"only {len(region)} of {total} coordinates moved, fewer than the {wanted} asked for with "
-            f"percent={percent}: the core region is smaller",
-            NoEffectWarning,
-            stacklevel=2,
-        )
-    elif wanted == 0:
-        warnings.warn(
-            f"percent={percent} of {total} coordinates is none: the core region is empty; raise percent",
-            NoEffectWarning,
-            stacklevel=2,
-        )
-    return region
+        return region
 
 
 def load_regions(
@@ -174,23 +145,6 @@ def load_regions(
     if isinstance(regions, CoreRegion | str | os.PathLike):
         regions = [regions]
     return [region if isinstance(region, CoreRegion) else CoreRegion.load(region) for region in regions]
-
-
-def is_frozen(name: str) -> bool:
-    """Whether a tensor of a saved adapter is the base model's own: PEFT saves an embedding that is adapted with it.
-
-    Example:
-        >>> is_frozen("base_model.model.model.embed_tokens.base_layer.weight")
-        True
-    """
-    return name.endswith(".base_layer.weight")
-
-
-def starts_at_one(tensors: Mapping[str, Tensor], name: str) -> bool:
-    """Whether a tensor is a Propulsion vector that started at 1, so that its base is known without a file."""
-    if isinstance(tensors, Checkpoint) and tensors.adapter_config.get("init_weights", True) is False:
-        return False
-    return name.endswith("propulsion_z")
 
 
 def check_same_shapes(a: CoreRegion, b: CoreRegion) -> None:
@@ -203,60 +157,20 @@ def check_same_shapes(a: CoreRegion, b: CoreRegion) -> None:
             )
 
 
-def _check_percent(percent: float) -> None:
+def check_percent(percent: float) -> None:
+    """Raise CpiftError unless `percent` is a number in (0, 100]."""
     if isinstance(percent, bool) or not isinstance(percent, int | float) or not 0 < percent <= 100:
         raise CpiftError(f"percent must be in (0, 100], got {percent!r}")
 
 
-def _check_pair(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> dict[str, tuple[int, ...]]:
-    """The shapes of `tuned`, after checking from the headers alone that `base` has the same tensors."""
-    shapes = shapes_of(tuned)
-    if not shapes:
-        raise CpiftError("there is no tensor to compare: give a checkpoint or adapter with weights")
-    if base is None:
-        without = [name for name in shapes if not is_frozen(name) and not starts_at_one(tuned, name)]
-        if without:
-            kind = tuned.adapter_config.get("peft_type") if isinstance(tuned, Checkpoint) else None
-            raise CpiftError(
-                f"tensor '{without[0]}'{f' of this {kind} adapter' if kind else ''} has no known starting value: give "
-                "base=, the same as saved before training (only Propulsion vectors start at 1, if not told otherwise)"
-            )
-        return shapes
-    base_shapes = shapes_of(base)
-    for missing, side in ((shapes.keys() - base_shapes.keys(), "base"), (base_shapes.keys() - shapes.keys(), "tuned")):
-        if missing:
-            raise CpiftError(
-                f"tensor '{min(missing)}'{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} is missing in "
-                f"{side}: compare two checkpoints of one model, with the same weights tied"
-            )
-    for name, shape in shapes.items():
-        if shape != base_shapes[name]:
-            raise CpiftError(
-                f"tensor '{name}' has shape {list(shape)} in tuned and {list(base_shapes[name])} in base: compare two "
-                "checkpoints of one model with one vocabulary"
-            )
-    return shapes
+def share_of(total: int, percent: float) -> int:
+    """floor(percent * total / 100), with `percent` as the decimal that is written.
 
-
-def _updates(
-    tuned: Mapping[str, Tensor], base: Mapping[str, Tensor] | None, names: Iterable[str]
-) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        after = tuned[name].detach().cpu()
-        before = torch.ones_like(after) if base is None else base[name].detach().cpu()
-        dtype = working_dtype(after, before)
-        after, before = after.to(dtype), before.to(dtype)
-        for side, tensor in (("tuned", after), ("base", before)):
-            if not bool(torch.isfinite(tensor).all()):
-                raise CpiftError(f"tensor '{name}' has a value that is not finite in {side}: the training diverged")
-        update = (after - before).abs()
-        yield name, update
-
-
-def _is_floating(tensors: Mapping[str, Tensor], name: str) -> bool:
-    if isinstance(tensors, Checkpoint):
-        return tensors.dtypes[name].startswith(("F", "BF"))
-    return tensors[name].is_floating_point()
+    Example:
+        >>> share_of(10_000, 0.29)  # in binary floating point it would come to 28
+        29
+    """
+    return math.floor(Fraction(str(percent)) * total / 100)
 
 
 def _size(value: object) -> int:

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peft_cpift.checkpoint.reader import working_dtype
-
 CONFLICTS = ("largest_update", "last", "mean")
 
 
 def transplant(
     target: Tensor,
-    tuned: Sequence[Tensor],
+    tuned: Sequence[Tensor] | Tensor,
     cores: Sequence[Tensor],
     *,
     conflict: str = "largest_update",
@@ -24,11 +22,11 @@ def transplant(
 
     A coordinate in one core takes that task's value, exactly. One in several follows `conflict`: `"largest_update"`
     takes it from the task that moved it furthest from `pretrained` (the earliest among equals), `"last"` from the last
-    task, and `"mean"` writes the mean over the tasks whose core it is in, formed in float32 or better.
+    task, and `"mean"` writes the mean over the tasks whose core it is in. Arithmetic is in float64.
 
     Args:
         target: one-dimensional, of any floating dtype.
-        tuned: per task, the same coordinates after fine-tuning: shape and dtype of `target`.
+        tuned: per task, the same coordinates after fine-tuning: shape and dtype of `target`, or the rows of a matrix.
         cores: per task, flat indices into them, int64, unique.
         conflict: one of `CONFLICTS`.
         pretrained: the values before fine-tuning, shape of `target`; needed for `"largest_update"` if any coordinate
@@ -49,25 +47,35 @@ def transplant(
     """
     if conflict not in CONFLICTS:
         raise ValueError(f"unknown conflict rule '{conflict}': use one of {', '.join(CONFLICTS)}")
-    union, owners = torch.cat([torch.empty(0, dtype=torch.int64), *cores]).unique(return_counts=True)
-    if union.numel() == 0:
-        return 0
-    shared = owners > 1
-    dtype = working_dtype(target, *tuned)
-    chosen = target[union]
-    best = torch.full(union.shape, -1.0, dtype=dtype)
-    total = torch.zeros(union.shape, dtype=dtype)
+    shared = (count_owners(cores, len(target)) > 1).nonzero().squeeze(1)
     for values, core in zip(tuned, cores, strict=True):
-        at = torch.searchsorted(union, core)
-        mine = values[core]
-        if conflict == "largest_update" and bool(shared.any()):
-            moved = (mine.to(dtype) - pretrained[core].to(dtype)).abs()
-            wins = moved > best[at]
-            chosen[at[wins]], best[at[wins]] = mine[wins], moved[wins]
+        target[core] = values[core]
+    if conflict == "last" or not len(shared):
+        return len(shared)
+
+    best = torch.full(shared.shape, -1.0, dtype=torch.float64)
+    total, owners = torch.zeros(2, len(shared), dtype=torch.float64)
+    in_core = torch.zeros(len(target), dtype=torch.bool)
+    for values, core in zip(tuned, cores, strict=True):
+        in_core[core] = True
+        at = in_core[shared].nonzero().squeeze(1)
+        in_core[core] = False
+        mine = values[shared[at]]
+        if conflict == "mean":
+            total[at] += mine.double()
+            owners[at] += 1
         else:
-            chosen[at] = mine
-            total[at] += mine.to(dtype)
+            moved = (mine.double() - pretrained[shared[at]].double()).abs()
+            wins = moved > best[at]
+            target[shared[at[wins]]], best[at[wins]] = mine[wins], moved[wins]
     if conflict == "mean":
-        chosen[shared] = (total[shared] / owners[shared]).to(chosen.dtype)
-    target[union] = chosen
-    return int(shared.sum())
+        target[shared] = (total / owners).to(target.dtype)
+    return len(shared)
+
+
+def count_owners(cores: Sequence[Tensor], size: int) -> Tensor:
+    """In how many cores each of `size` coordinates is; int16, shape (size,)."""
+    owners = torch.zeros(size, dtype=torch.int16)
+    for core in cores:
+        owners[core] += 1  # the indices of one core are unique
+    return owners

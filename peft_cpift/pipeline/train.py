@@ -23,7 +23,7 @@ from peft_cpift.checkpoint import complete_folder
 from peft_cpift.checkpoint.reader import ADAPTER_CONFIG
 from peft_cpift.core.region import CoreRegion
 from peft_cpift.errors import CpiftError
-from peft_cpift.fusion.fuse import FUSABLE_ADAPTERS
+from peft_cpift.fusion.inputs import FUSABLE_ADAPTERS
 from peft_cpift.isolation import CoreIsolationCallback
 from peft_cpift.pipeline.recipe import Recipe
 

@@ -11,16 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_cpift.fusion import transplant
+from peft_cpift.fusion.transplant import CONFLICTS as RULES
+from peft_cpift.fusion.transplant import count_owners, transplant
 
-RULES = ("largest_update", "last", "mean")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
 SIZE = 6
 VECTORS = st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, 3.25]), min_size=SIZE, max_size=SIZE)
-
-
-def bits(tensor: Tensor) -> list[int]:
-    return tensor.contiguous().view(torch.uint8).tolist()
 
 
 def reference(target, tuned, cores, conflict, pretrained) -> tuple[Tensor, int]:
@@ -49,7 +46,7 @@ def reference(target, tuned, cores, conflict, pretrained) -> tuple[Tensor, int]:
     dtype=st.sampled_from(DTYPES),
 )
 @settings(max_examples=200, deadline=None, database=None)
-def test_equals_the_loop(target, pretrained, tasks, conflict, dtype):
+def test_equals_the_loop(bits, target, pretrained, tasks, conflict, dtype):
     got, before = torch.tensor(target, dtype=dtype), torch.tensor(pretrained, dtype=dtype)
     tuned = [torch.tensor(values, dtype=dtype) for values, _ in tasks]
     cores = [sorted(core) for _, core in tasks]
@@ -101,14 +98,20 @@ def test_the_default_rule_is_the_largest_update():
     assert target.item() == 4.0
 
 
-def test_updates_are_compared_in_float32():
+def test_updates_are_compared_in_float64():
     """Both updates round to 256 in bfloat16, so a comparison there would call it a tie."""
     assert run("largest_update", [256.0, -256.0], pretrained=0.5, dtype=torch.bfloat16) == -256.0
 
 
-def test_the_mean_is_formed_in_float32_and_rounded_once():
+def test_the_mean_is_formed_in_float64_and_rounded_once():
     assert run("mean", [60000.0, 60000.0], dtype=torch.float16) == 60000.0  # the sum overflows in float16
     assert run("mean", [256.0, 1.0, 1.0], dtype=torch.bfloat16) == 86.0  # in bfloat16 the sum would stay at 256
+    assert run("mean", [2.0**24, 1.0, 1.0]) == torch.tensor((2.0**24 + 2) / 3).item()  # in float32 at 2**24
+
+
+def test_updates_that_only_float64_tells_apart():
+    assert run("largest_update", [2.0**25 + 1, -(2.0**25)], pretrained=1.0, dtype=torch.float64) == -(2.0**25)
+    assert run("mean", [2.0**53, 1.0, 1.0], dtype=torch.float64) == pytest.approx((2.0**53 + 2) / 3, rel=1e-15)
 
 
 def test_the_mean_is_over_the_owners_only():
@@ -120,20 +123,20 @@ def test_the_mean_is_over_the_owners_only():
 
 
 @pytest.mark.parametrize("conflict", RULES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_coordinate_of_one_core_is_copied_bit_for_bit(dtype, conflict):
+@pytest.mark.parametrize("dtype", DTYPES + NARROW)
+def test_a_coordinate_of_one_core_is_copied_bit_for_bit(bits, dtype, conflict):
     odd = [-0.0, torch.finfo(dtype).smallest_normal / 2, torch.finfo(dtype).max, -torch.finfo(dtype).max, 1 / 3]
     values = torch.tensor(odd, dtype=torch.float64).to(dtype)
-    assert values[1] != 0  # a subnormal number
-    target = torch.ones(5, dtype=dtype)
+    assert values[1].double() != 0  # a subnormal number
+    target = torch.ones(5).to(dtype)
     cores = [torch.arange(5), torch.empty(0, dtype=torch.int64)]
-    tuned = [values, torch.full((5,), 9.0, dtype=dtype)]
-    assert transplant(target, tuned, cores, conflict=conflict, pretrained=torch.zeros(5, dtype=dtype)) == 0
+    tuned = [values, torch.full((5,), 9.0).to(dtype)]
+    assert transplant(target, tuned, cores, conflict=conflict, pretrained=torch.zeros(5).to(dtype)) == 0
     assert bits(target) == bits(values)
 
 
 @pytest.mark.parametrize("conflict", RULES)
-def test_empty_cores_change_nothing(conflict):
+def test_empty_cores_change_nothing(bits, conflict):
     none = torch.empty(0, dtype=torch.int64)
     target = torch.tensor([1.0, -0.0])
     assert transplant(target, [], [], conflict=conflict) == 0
@@ -160,3 +163,38 @@ def test_without_conflicts_nothing_before_training_is_asked_for():
     tuned = [torch.full((4,), 5.0), torch.full((4,), 7.0)]
     assert transplant(target, tuned, [torch.tensor([0, 3]), torch.tensor([1])], pretrained=None) == 0
     assert target.tolist() == [5.0, 7.0, 0.0, 5.0]
+
+
+def test_tasks_may_be_the_rows_of_a_matrix():
+    target, rows = torch.zeros(4), torch.tensor([[1.0, 2.0, 3.0, 4.0], [-5.0, -6.0, -7.0, -8.0]])
+    cores = [torch.tensor([0, 1]), torch.tensor([1, 3])]
+    assert transplant(target, rows, cores, pretrained=torch.zeros(4)) == 1
+    assert target.tolist() == [1.0, -6.0, 0.0, -8.0]
+
+
+def test_three_owners_are_one_conflict():
+    target = torch.zeros(2)
+    assert transplant(target, [torch.ones(2)] * 3, [torch.tensor([0])] * 3, conflict="last") == 1
+
+
+def test_an_earlier_task_that_owns_nothing_does_not_count():
+    """The largest update among the owners; that of another task is not asked."""
+    tuned = [torch.tensor([100.0]), torch.tensor([1.0]), torch.tensor([2.0])]
+    cores = [torch.empty(0, dtype=torch.int64), torch.tensor([0]), torch.tensor([0])]
+    target = torch.zeros(1)
+    assert transplant(target, tuned, cores, pretrained=torch.zeros(1)) == 1
+    assert target.item() == 2.0
+
+
+def test_among_tasks_that_did_not_move_the_earliest_counts_to_the_bit(bits):
+    for first, second in ((-0.0, 0.0), (0.0, -0.0)):
+        target, tuned = torch.ones(1), [torch.tensor([first]), torch.tensor([second])]
+        transplant(target, tuned, [torch.tensor([0])] * 2, pretrained=torch.zeros(1))
+        assert bits(target) == bits(tuned[0])
+
+
+def test_count_owners():
+    cores = [torch.tensor([0, 2]), torch.tensor([2]), torch.tensor([2, 3]), torch.empty(0, dtype=torch.int64)]
+    assert count_owners(cores, 5).tolist() == [1, 0, 3, 1, 0]
+    assert count_owners([torch.tensor([0])] * 300, 1).tolist() == [300]
+    assert count_owners([], 0).shape == (0,)

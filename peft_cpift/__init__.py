@@ -26,6 +26,7 @@ __all__ = [
     "group_tasks",
     "jaccard_index",
     "jaccard_matrix",
+    "merge_baseline",
     "order_groups",
     "slerp",
 ]
@@ -44,6 +45,7 @@ _HOMES = {
     "group_tasks": "core",
     "jaccard_index": "core",
     "jaccard_matrix": "core",
+    "merge_baseline": "baselines",
     "order_groups": "core",
     "slerp": "fusion",
 }
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+    from peft_cpift.baselines import merge_baseline
     from peft_cpift.core import (
         CoreRegion,
         find_core_region,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from peft_cpift.checkpoint.writer import check_free
-from peft_cpift.core import CoreRegion, find_core_region, group_tasks, jaccard_matrix
-from peft_cpift.errors import CpiftError
-from peft_cpift.fusion import fuse
+from peft_cpift.errors import CpiftError, MismatchWarning, NoEffectWarning
+
+# Commands import what they need themselves: --help should not wait for torch, nor the files' commands for PEFT.
 
 app = typer.Typer(
     help="Core parameter isolation (CPI-FT): find what each task moved most, fuse, and fine-tune around it.",
@@ -23,13 +27,23 @@ app = typer.Typer(
 )
 
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print sizes and memory, and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
 def main() -> None:
-    """Run the command line; what the user can mend is one line and exit code 2, without a traceback."""
+    """Run the command line.
+
+    Exit codes: 0, all went well; 2, something in the call or its files is wrong, which the user can mend; 1, reading
+    or writing failed, as on a full disk. Either is one line without a traceback.
+    """
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            app()
     except (CpiftError, OSError) as error:
         print(f"cpift: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, CpiftError) else 1) from None
 
 
 @app.command()
@@ -52,6 +66,7 @@ def demo(
     import torch
 
     from peft_cpift import demo
+    from peft_cpift.checkpoint.writer import check_free
     from peft_cpift.pipeline import read_recipe
 
     folder = output or Path("runs") / f"demo-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -71,34 +86,102 @@ def core(
     output: Annotated[Path, typer.Option("--output", "-o", help="Region file to write (.safetensors).")],
     base: Annotated[Path | None, typer.Option(help="The same before; not needed for Propulsion adapters.")] = None,
     percent: Annotated[float, typer.Option(help="Share of all coordinates, in percent.")] = 1.0,
+    scope: Annotated[str, typer.Option(help="global: of all tensors together; tensor: of each one.")] = "global",
+    include: Annotated[
+        list[str] | None, typer.Option(help="Pattern of tensor names to consider, as '*.mlp.*'.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of tensor names to leave out.")] = None,
+    coordinates: Annotated[str, typer.Option(help="own: an adapter's tensors; delta: its change of weights.")] = "own",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find the core region of a task: the coordinates that fine-tuning moved most."""
     if output.exists() and not overwrite:
         raise CpiftError(f"{output} exists: choose another output, or add --overwrite")
-    region = find_core_region(tuned, base, percent=percent)
+    from peft_cpift.core import CoreSearch
+
+    search = CoreSearch(
+        tuned,
+        base,
+        percent=percent,
+        scope=scope,
+        include=include or "*",
+        exclude=exclude or (),
+        coordinates=coordinates,
+    )
+    plan = {
+        "output": str(output),
+        "percent": percent,
+        "scope": scope,
+        "tensors": len(search.shapes),
+        "total": search.total,
+        "wanted": search.wanted,
+        "bytes_to_read": search.bytes_to_read,
+        "peak_bytes": search.peak_bytes,
+    }
+    if dry_run:
+        _print(
+            plan,
+            f"would find {search.wanted:,} of {search.total:,} coordinates in {len(search.shapes)} tensors, and write "
+            f"{output}\nreads {_size(search.bytes_to_read)}, needs about {_size(search.peak_bytes)} of memory",
+            as_json,
+        )
+        return
+    with _progress(search.bytes_to_read) as progress:
+        region = search.run(progress)
     region.save(output)
     tensors = f"{len(region.indices)} of {len(region.shapes)} tensors"
-    print(f"{output}: {len(region)} of {region.total} coordinates, in {tensors}")
+    _print(
+        {**plan, "coordinates": len(region), "core_tensors": len(region.indices)},
+        f"{output}: {len(region):,} of {region.total:,} coordinates, in {tensors}",
+        as_json,
+    )
 
 
 @app.command()
 def group(
     cores: Annotated[list[str], typer.Argument(help="Core regions as task=FILE.")],
     threshold: Annotated[float, typer.Option(help="Jaccard index from which tasks are joined.")] = 0.1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Group tasks whose core regions overlap."""
-    regions = {task: CoreRegion.load(file) for task, file in _named(cores).items()}
-    matrix, groups = jaccard_matrix(regions), group_tasks(regions, threshold)
-    if as_json:
-        print(json.dumps({"tasks": list(regions), "jaccard": matrix, "threshold": threshold, "groups": groups}))
+    named = _named(cores)
+    from peft_cpift.core import CoreRegion, measure_overlap
+    from peft_cpift.core.overlap import check_comparable, check_threshold, connected_tasks
+
+    check_threshold(threshold)
+    regions = {task: CoreRegion.load(file) for task, file in named.items()}
+    check_comparable(regions.values())
+    shapes = {name: shape for region in regions.values() for name, shape in region.shapes.items()}
+    total = sum(map(math.prod, shapes.values()))
+    if dry_run:
+        sizes = {task: len(region) for task, region in regions.items()}
+        lines = "\n".join(f"{task}: {size:,} of {regions[task].total:,} coordinates" for task, size in sizes.items())
+        _print({"threshold": threshold, "coordinates": sizes}, f"would compare, by {threshold}\n{lines}", as_json)
         return
+    with _progress(total, unit="coordinates") as progress:
+        overlap = measure_overlap(regions, progress=progress)
+    matrix = overlap.jaccard()
+    groups = connected_tasks(overlap.tasks, matrix, threshold)
     width = max(map(len, regions))
-    for task, row in zip(regions, matrix, strict=True):
-        print(task.ljust(width), *(f"{value:.3f}" for value in row))
-    for number, tasks in enumerate(groups, 1):
-        print(f"group {number}: {', '.join(tasks)}")
+    rows = [
+        f"{task.ljust(width)} {' '.join(f'{value:.3f}' for value in row)}"
+        for task, row in zip(regions, matrix, strict=True)
+    ]
+    _print(
+        {
+            "tasks": overlap.tasks,
+            "jaccard": matrix,
+            "containment": overlap.containment(),
+            "layers": {layer: overlap.jaccard(tensors) for layer, tensors in overlap.layers.items()},
+            "threshold": threshold,
+            "groups": groups,
+        },
+        "\n".join([*rows, *(f"group {number}: {', '.join(tasks)}" for number, tasks in enumerate(groups, 1))]),
+        as_json,
+    )
 
 
 @app.command(name="fuse")
@@ -108,26 +191,75 @@ def fuse_(
     start: Annotated[Path, typer.Option(help="Folder from which coordinates outside all cores start.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     pretrained: Annotated[Path | None, typer.Option(help="Folder as it was before any fine-tuning.")] = None,
+    weights: Annotated[list[str] | None, typer.Option("--weight", help="Weight as task=NUMBER; default 1.")] = None,
+    start_weight: Annotated[float, typer.Option(help="Weight of the start; 0 forgets it.")] = 1.0,
     omega: Annotated[float | None, typer.Option(help="Fixed factor; by default all count alike.")] = None,
     conflict: Annotated[str, typer.Option(help="largest_update, last or mean.")] = "largest_update",
     space: Annotated[str, typer.Option(help="weights or delta.")] = "weights",
+    linear_above: Annotated[float, typer.Option(help="|cosine| above which to interpolate linearly.")] = 0.9995,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--override", help="Other settings for some tensors: 'PATTERN:omega=0,conflict=last'."),
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Fuse weights, adapters merged into their model.")] = False,
+    base: Annotated[Path | None, typer.Option(help="Model of the adapters, if not where they say.")] = None,
+    rank: Annotated[int | None, typer.Option(help="As --merged, but write a LoRA adapter of this rank.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the result, such as bfloat16.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier fusion.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fuse fine-tuned folders: cores transplanted, all else interpolated spherically."""
-    report = fuse(
-        _named(tasks),
-        _named(cores),
+    folders, files = _named(tasks), _named(cores)
+    by_task = None
+    if weights:
+        given = {task: _number(value, f"--weight {task}") for task, value in _named(weights, "task=NUMBER").items()}
+        by_task = dict.fromkeys(folders, 1.0) | given
+    by_pattern = {}
+    for pattern, settings in map(_override, overrides or []):
+        if pattern in by_pattern:
+            raise CpiftError(f"'{pattern}' is given twice")
+        by_pattern[pattern] = settings
+    import torch
+
+    from peft_cpift.fusion import FusionPlan, Rule
+
+    kind = getattr(torch, dtype, None) if dtype else None
+    if dtype and not isinstance(kind, torch.dtype):
+        raise CpiftError(f"unknown dtype '{dtype}': use bfloat16, float16, float32 or float64")
+    plan = FusionPlan(
+        folders,
+        files,
+        Rule(by_task, start_weight, omega, conflict, space, linear_above),
         start=start,
         output=output,
         pretrained=pretrained,
-        omega=omega,
-        conflict=conflict,
-        space=space,
+        overrides=by_pattern,
+        merged=merged,
+        base=base,
+        rank=rank,
+        dtype=kind,
         overwrite=overwrite,
     )
-    print(
-        f"{output}: {report.core} coordinates transplanted ({report.conflicts} in several cores), "
+    sizes = {key: getattr(plan, key) for key in ("bytes_to_read", "bytes_to_write", "peak_bytes")}
+    if dry_run:
+        _print(
+            {"output": str(output), "tensors": len(plan.rules), **sizes},
+            f"would fuse {len(plan.rules)} tensors of {len(folders)} tasks, and write {output}\n"
+            f"reads {_size(plan.bytes_to_read)} (each tensor twice, the second time mostly from the system's cache), "
+            f"writes {_size(plan.bytes_to_write)}, needs about {_size(plan.peak_bytes)} of memory",
+            as_json,
+        )
+        return
+    with _progress(plan.bytes_to_read) as progress:
+        report = plan.run(progress)
+    worst = max(report.errors.values(), default=0.0) if report.errors is not None else None
+    _print(
+        {"output": str(output), **sizes, **report.to_dict()},
+        f"{output}: {report.core:,} coordinates transplanted ({report.conflicts:,} in several cores), "
         f"{report.linear_folds} of {report.folds} interpolations linear"
+        + (f", at rank {rank} within {worst:.1%} of the fused change" if worst is not None else ""),
+        as_json,
     )
 
 
@@ -148,16 +280,62 @@ def _run(recipe) -> None:
         print(f"picture: {report / 'report.png'}")
 
 
-def _named(pairs: list[str]) -> dict[str, str]:
+def _named(pairs: list[str], form: str = "task=PATH") -> dict[str, str]:
     named: dict[str, str] = {}
     for pair in pairs:
         name, found, value = pair.partition("=")
         if not found or not name or not value:
-            raise CpiftError(f"'{pair}' is not of the form task=PATH")
+            raise CpiftError(f"'{pair}' is not of the form {form}")
         if name in named:
-            raise CpiftError(f"task '{name}' is given twice")
+            raise CpiftError(f"'{name}' is given twice")
         named[name] = value
     return named
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise CpiftError(f"{what}={text} is not a number") from None
+
+
+def _override(text: str) -> tuple[str, dict[str, Any]]:
+    """'PATTERN:key=value,key=value' as a pattern and its settings."""
+    pattern, found, pairs = text.rpartition(":")
+    if not found:
+        raise CpiftError(f"--override '{text}' is not of the form PATTERN:key=value,key=value")
+    numbers = ("start_weight", "omega", "linear_above")
+    settings = _named(pairs.split(","), "key=value")
+    return pattern, {k: _number(v, f"--override {k}") if k in numbers else v for k, v in settings.items()}
+
+
+@contextmanager
+def _progress(total: int, unit: str = "B") -> Iterator[Callable[[int], object]]:
+    """A bar on standard error, if that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, unit_scale=True, disable=None) as bar:
+        yield bar.update
+
+
+def _print(content: dict[str, Any], text: str, as_json: bool) -> None:
+    print(json.dumps(content) if as_json else text)
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _show_warning(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Ours are for the user, who has nothing from the line of code that raised them."""
+    if issubclass(category, NoEffectWarning | MismatchWarning):
+        print(f"cpift: warning: {message}", file=sys.stderr)
+    else:
+        show(message, category, *place)
 
 
 if __name__ == "__main__":

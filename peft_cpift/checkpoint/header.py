@@ -81,6 +81,8 @@ def make_header(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], meta
     header: dict[str, dict] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (shape, dtype) in tensors.items():
+        if name in header:
+            raise CpiftError(f"a tensor named '{name}' cannot be saved: the format keeps that name for itself")
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()

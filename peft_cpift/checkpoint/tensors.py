@@ -121,7 +121,11 @@ class InMemory(Tensors):
             if not isinstance(tensor, Tensor):
                 raise CpiftError(f"'{name}' is a {type(tensor).__name__}, not a tensor: pass tensors by name")
             # Empty tensors all share address 0, so they are told apart by name.
-            key = (name,) if tensor.numel() == 0 else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
+            key = (
+                (name,)
+                if tensor.numel() == 0
+                else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            )
             tied.setdefault(key, []).append(name)
         self._tensors = {name: tensors[name].detach() for name in sorted(map(kept_name, tied.values()))}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}

@@ -105,6 +105,8 @@ class CoreSearch:
             for name in _check_pair(self._tuned, self._base, considered)
             if self._tuned.dtypes[name].is_floating_point
         }
+        if not self.shapes:
+            raise CpiftError(f"no tensor of {self._tuned.label} that is considered has floating-point values")
         # One dtype for all updates, so that they can be compared.
         self._dtype = working_dtype(*(side.dtypes[name] for side in sides for name in self.shapes))
         groups = [list(self.shapes)] if scope == "global" else [[name] for name in self.shapes]
@@ -115,8 +117,8 @@ class CoreSearch:
         self.wanted = sum(count for _, count in self._searches)
         self.bytes_to_read = sum(side.bytes(name) for side in sides for name in self.shapes)
         # An index and a value of each that passes the bar, and a few parts of both sides for every worker.
-        width, at_work = self._dtype.itemsize, min(torch.get_num_threads(), MAX_WORKERS) + 2
-        self.peak_bytes = int(1.25 * (4 + width) * self.wanted) + 8 * width * CHUNK * at_work
+        width, at_work = self._dtype.itemsize, min(torch.get_num_threads(), MAX_WORKERS) + 1
+        self.peak_bytes = int(1.25 * (4 + width) * self.wanted) + 14 * width * CHUNK * at_work
 
     @property
     def total(self) -> int:
@@ -132,8 +134,13 @@ class CoreSearch:
 
         told = None if progress is None else count_bytes
         indices: dict[str, Tensor] = {}
+        # In one vector, for small ones that stay between large ones that go would tear the memory to shreds.
+        narrow = all(self._tuned.size(name) <= 1 << 31 for name in self.shapes)
+        kept, end = torch.empty(self.wanted, dtype=torch.int32 if narrow else torch.int64), 0
         for sizes, count in self._searches:
-            indices.update(select_largest(sizes, self._update, count, progress=told))
+            for name, found in select_largest(sizes, self._update, count, progress=told).items():
+                indices[name] = kept[end : end + len(found)].copy_(found)
+                end += len(found)
         base = None if self._base is None else self._base.digest
         region = CoreRegion(indices, self.shapes, self._percent, self._scope, self._tuned.digest, base)
         if len(region) < self.wanted:
@@ -250,5 +257,10 @@ def _check_pair(tuned: Tensors, base: Tensors | None, names: Iterable[str]) -> I
             raise CpiftError(
                 f"tensor '{name}' has shape {list(tuned.shapes[name])} in tuned and {list(base.shapes[name])} in "
                 "base: compare two checkpoints of one model with one vocabulary, or exclude it"
+            )
+        if tuned.dtypes[name].is_floating_point != base.dtypes[name].is_floating_point:
+            raise CpiftError(
+                f"tensor '{name}' is {tuned.dtypes[name]} in tuned and {base.dtypes[name]} in base: compare two "
+                "checkpoints of one model, or exclude it"
             )
     return names

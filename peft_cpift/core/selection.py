@@ -43,7 +43,8 @@ def select_largest(
         progress: called after each part with its name and number of entries.
 
     Returns:
-        name -> indices, int32 where they fit, else int64, ascending; only names with at least one entry.
+        name -> indices, int32 where they fit, else int64, ascending; only names with at least one entry. They are
+        views of one vector with room for more.
 
     Source: ours; the tie rule makes the paper's "top p%" (stage 1 of CPI-FT, arXiv 2508.21741) deterministic.
 
@@ -58,10 +59,10 @@ def select_largest(
         bar = _likely_bar(sizes, read, count) if count else math.inf
         found = _collect(sizes, read, count, bar, in_order, progress)
         if bar > 0 and found.number < count:
+            del found
             found = _collect(sizes, read, count, 0.0, in_order, progress)
         found.cut(count)
-    found.values = None  # their memory is free for the copies, and the vectors are larger than what is in them
-    return {name: found.indices[start:stop].clone() for name, start, stop in found.places if stop > start}
+    return {name: found.indices[start:stop] for name, start, stop in found.places if stop > start}
 
 
 class _Found:

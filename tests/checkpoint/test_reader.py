@@ -20,6 +20,7 @@ from torch import Tensor
 
 from peft_cpift import CpiftError
 from peft_cpift.checkpoint import Checkpoint, open_source, reader
+from peft_cpift.checkpoint import header as header_module
 from peft_cpift.checkpoint.chunks import chunks
 from peft_cpift.checkpoint.header import DTYPES
 from peft_cpift.checkpoint.reader import check_unquantized, read_json
@@ -167,32 +168,43 @@ def test_a_part_of_a_tensor_that_fits_no_memory(tmp_path):
     assert checkpoint.part("huge", last - 2, last - 1).tolist() == [2]
 
 
+class Slow:
+    """A file that gives three bytes at once, and ends early if told so."""
+
+    reads: list[int]
+    most = 100
+
+    def __init__(self, *args, **options):
+        self.stream = open(*args, **options)  # noqa: SIM115
+        self.seek, self.fileno = self.stream.seek, self.stream.fileno
+        Slow.reads = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stream.close()
+
+    def readinto(self, view):
+        Slow.reads.append(len(view))
+        return self.stream.readinto(view[:3]) if len(Slow.reads) <= self.most else 0
+
+
 def test_a_part_that_takes_several_reads(tmp_path, monkeypatch):
     """The system gives at most 2 GiB at once; here it gives three bytes."""
     checkpoint = Checkpoint(write_single(tmp_path, TENSORS))
-    reads = []
-
-    class Slow:
-        def __init__(self, *args, **options):
-            self.stream = open(*args, **options)  # noqa: SIM115
-            self.seek = self.stream.seek
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.stream.close()
-
-        def fileno(self):
-            return self.stream.fileno()
-
-        def readinto(self, view):
-            reads.append(len(view))
-            return self.stream.readinto(view[:3])
-
     monkeypatch.setattr(reader, "open", Slow, raising=False)
     assert raw(checkpoint["B.upper"]) == raw(TENSORS["B.upper"])
-    assert reads == [24, 21, 18, 15, 12, 9, 6, 3]
+    assert Slow.reads == [24, 21, 18, 15, 12, 9, 6, 3]
+
+
+def test_a_file_that_is_cut_off_within_a_read(tmp_path, monkeypatch):
+    checkpoint = Checkpoint(write_single(tmp_path, TENSORS))
+    monkeypatch.setattr(reader, "open", Slow, raising=False)
+    monkeypatch.setattr(Slow, "most", 4)
+    with pytest.raises(CpiftError, match=r"model\.safetensors ends within tensor 'B\.upper'"):
+        checkpoint["B.upper"]
+    assert Slow.reads == [24, 21, 18, 15, 12]
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
@@ -390,6 +402,16 @@ def test_a_header_of_a_length_that_cannot_be(tmp_path, length):
     with open(tmp_path / "model.safetensors", "r+b") as stream:
         stream.truncate(28 if length < 100 else 2 * 10**8)
     with pytest.raises(CpiftError, match=r"cannot read .*model\.safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_a_header_larger_than_the_format_allows(tmp_path, monkeypatch):
+    file = write_single(tmp_path, TENSORS) / "model.safetensors"
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    monkeypatch.setattr(header_module, "MAX_BYTES", length)
+    assert_holds(Checkpoint(tmp_path), TENSORS)
+    monkeypatch.setattr(header_module, "MAX_BYTES", length - 1)
+    with pytest.raises(CpiftError, match=rf"cannot read .*its header cannot have {length} bytes"):
         Checkpoint(tmp_path)
 
 

@@ -400,3 +400,10 @@ def test_an_error_in_a_part_leaves_no_half_file_and_no_index(tmp_path, error):
     with pytest.raises(error):
         work()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tensor_with_the_formats_own_name_is_refused(tmp_path):
+    layout = {"__metadata__": ((1,), torch.float32)}
+    with pytest.raises(CpiftError, match="'__metadata__' cannot be saved"):
+        write_tensors(tmp_path, layout, lambda name: [torch.ones(1)])
+    assert not list(tmp_path.iterdir())

@@ -324,9 +324,15 @@ def test_integers_are_not_considered(tmp_path):
 
 
 def test_integers_alone():
-    with pytest.warns(NoEffectWarning):
-        region = find_core_region({"ids": torch.tensor([1])}, {"ids": torch.tensor([2])})
-    assert (len(region), region.total, region.shapes) == (0, 0, {})
+    with pytest.raises(CpiftError, match="no tensor of .* has floating-point values"):
+        find_core_region({"ids": torch.tensor([1])}, {"ids": torch.tensor([2])})
+
+
+@pytest.mark.parametrize("sides", [(torch.float32, torch.int64), (torch.int64, torch.float32)])
+def test_a_tensor_of_numbers_on_one_side_only(sides):
+    tuned, base = ({"w": torch.ones(3), "x": torch.ones(3).to(dtype)} for dtype in sides)
+    with pytest.raises(CpiftError, match=r"tensor 'x' is torch\..* in tuned and torch\..* in base"):
+        find_core_region(tuned, base)
 
 
 def test_fewer_moved_than_wanted():

@@ -34,8 +34,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0, all went well; 2, something in the call or its files is wrong, which the user can mend; 1, reading
-    or writing failed, as on a full disk. Either is one line without a traceback.
+    Exit codes: 0, all went well; 2, something in the call or its files is wrong, which the user can mend; 1, the disk
+    failed, as when it is full. Either is one line without a traceback.
     """
     try:
         with warnings.catch_warnings():

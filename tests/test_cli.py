@@ -429,6 +429,7 @@ def test_mistakes_are_one_line_and_leave_no_file(call, probes):
     [
         (["--override", "head*:omega=0"], "no tensor matches the override 'head*'"),
         (["--override", ":omega=0"], "no tensor matches the override ''"),
+        (["--override", "a:b*:omega=0"], "no tensor matches the override 'a:b*'"),
         (["--override", "embed*:factor=0"], "override 'embed*' sets 'factor', which is none of weights"),
         (["--override", "embed*:conflct=last"], "override 'embed*' sets 'conflct', which is none of weights"),
         (["--override", "embed*:omega=2"], "omega must be in [0, 1], got 2.0"),

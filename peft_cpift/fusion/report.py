@@ -51,4 +51,4 @@ class FusionReport:
         """The totals and the tensors, ready for JSON."""
         totals = {key: getattr(self, key) for key in ("folds", "linear_folds", "core", "conflicts")}
         errors = {} if self.errors is None else {"errors": self.errors}
-        return {**totals, **errors, "tensors": {name: asdict(tensor) for name, tensor in self.tensors.items()}}
+        return {**totals, **errors, "tensors": {name: asdict(self.tensors[name]) for name in sorted(self.tensors)}}

@@ -266,6 +266,23 @@ def test_an_override_may_ask_for_pretrained_where_the_rule_does_not(models, fuse
     assert fuse_quietly(**arguments, overrides={"*": {"conflict": "last"}}).core
 
 
+def test_pretrained_is_read_where_a_rule_asks_for_it_only(models, fuse_quietly, monkeypatch):
+    """Nor is it for a tensor that has coordinates in one core at most."""
+    models.cores["code"]["embed"] = models.cores["chat"]["embed"] = set()
+    read, real = set(), Checkpoint.part
+
+    def watch(self, name, start, stop):
+        if self.folder.name == "pretrained":
+            read.add(name)
+        return real(self, name, start, stop)
+
+    monkeypatch.setattr(Checkpoint, "part", watch)
+    fuse_quietly(**models.arguments(), overrides={"ties": {"conflict": "last"}, "single": {"space": "delta"}})
+    shared = {n for n in models.start if sum(bool(core.get(n)) for core in models.cores.values()) > 1}
+    assert read == (shared - {"ties"}) | {"single"}
+    assert len(read) > 2
+
+
 def test_what_was_asked_for_is_written_down(models, fuse_quietly):
     fuse_quietly(**models.arguments(), weights=WEIGHTS, start_weight=0.25, conflict="last", linear_above=0.9)
     written = json.loads((models.folder / "fused" / "fusion.json").read_text())

@@ -37,7 +37,7 @@ def test_as_json():
         "conflicts": 8,
     }
     assert content["tensors"]["a"] == {"angles": [0.1, None], "linear": [True, True], "core": 3, "conflicts": 1}
-    assert list(content["tensors"]) == ["a", "b", "full", "count"]
+    assert list(content["tensors"]) == ["a", "b", "count", "full"]
     assert "errors" not in content
 
 

@@ -324,7 +324,7 @@ def test_integers_are_not_considered(tmp_path):
 
 
 def test_integers_alone():
-    with pytest.raises(CpiftError, match="no tensor of .* has floating-point values"):
+    with pytest.raises(CpiftError, match=r"no tensor of .* has floating-point values"):
         find_core_region({"ids": torch.tensor([1])}, {"ids": torch.tensor([2])})
 
 

@@ -110,7 +110,8 @@ def merge_baseline(
         file, limit = (ADAPTER_WEIGHTS, None) if inputs.start.adapter_config else (MODEL_WEIGHTS, MAX_SHARD_BYTES)
         write_tensors(folder, layout, merged, file, max_shard_bytes=limit)
         carry_over(inputs.files, folder)
-        folders = {"pretrained": Path(pretrained).name, "tasks": {task: Path(tasks[task]).name for task in tasks}}
+        folders = {"pretrained": Path(pretrained).resolve().name}
+        folders["tasks"] = {task: Path(folder).resolve().name for task, folder in tasks.items()}
         settings = {"method": method, "weights": dict(weights), "density": density, "seed": seed}
         write_json(folder / REPORT, {**folders, **settings})
 

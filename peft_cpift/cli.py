@@ -92,15 +92,15 @@ def core(
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of tensor names to leave out.")] = None,
     coordinates: Annotated[str, typer.Option(help="own: an adapter's tensors; delta: its change of weights.")] = "own",
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier core region.")] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the core region of a task: the coordinates that fine-tuning moved most."""
-    if output.exists() and not overwrite:
-        raise CpiftError(f"{output} exists: choose another output, or add --overwrite")
     from peft_cpift.core import CoreSearch
+    from peft_cpift.core.region import check_free_region
 
+    check_free_region(output, overwrite=overwrite)
     search = CoreSearch(
         tuned,
         base,

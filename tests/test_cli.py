@@ -171,17 +171,26 @@ def test_options_of_core(succeed, models, options, settings):
 
 def test_core_does_not_overwrite_unless_told(call, succeed, probes):
     output = probes / "x.safetensors"
-    output.write_text("mine")
+    succeed("core", probes / "maths", "--percent", 5, "-o", output)
     for options in ([], ["--dry-run"]):
         code, out, err = call("core", probes / "maths", "-o", output, *options)
-        assert (code, out, err) == (
-            2,
-            "",
-            f"cpift: error: {output} exists: choose another output, or add --overwrite\n",
-        )
-    assert output.read_text() == "mine"
+        assert (code, out) == (2, "")
+        assert err == f"cpift: error: {output} exists: choose another output, or ask for it to be overwritten\n"
+    assert len(CoreRegion.load(output)) == 1
     succeed("core", probes / "maths", "--percent", 10, "-o", output, "--overwrite")
     assert len(CoreRegion.load(output)) == 2
+
+
+@pytest.mark.parametrize("place", ["maths/adapter_model.safetensors", "maths/adapter_config.json", "maths", "link"])
+def test_core_overwrites_regions_only(call, probes, place):
+    (probes / "link").symlink_to(probes / "nowhere")
+    before = files(probes)
+    code, out, err = call("core", probes / "maths", "-o", probes / place, "--overwrite")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"cpift: error: {probes / place} is not overwritten, for it is no core region: choose another output\n"
+    )
+    assert files(probes) == before
 
 
 def test_core_says_beforehand_what_it_would_do(succeed, probes, monkeypatch):
@@ -493,7 +502,7 @@ def test_a_disk_without_room_is_exit_code_2(call, models, monkeypatch):
     for options in ([], ["--dry-run"]):
         code, out, err = call(*fuse_arguments(models), *options)
         assert (code, out) == (2, "")
-        assert "GB left: make room" in err
+        assert "left: make room" in err
 
 
 def test_unknown_commands_and_missing_arguments_exit_with_2(call):

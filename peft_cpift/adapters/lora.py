@@ -62,12 +62,8 @@ def write_lora(
     modules = dict(model.named_modules())
     factors, ranks, errors, transposed = {}, {}, {}, False
     for name, delta in deltas() if callable(deltas) else deltas:
-        path = _module(name, model.base_model_prefix, modules)
-        module = modules.get(path)
-        if not isinstance(module, nn.Linear | Conv1D) or not name.endswith(".weight"):
-            raise CpiftError(
-                f"'{name}' is not the weight of a linear layer, and only those can be LoRA here: leave it out"
-            )
+        path = _linear_layer(name, model.base_model_prefix, modules)
+        module = modules[path]
         if delta.shape != module.weight.shape:
             raise CpiftError(
                 f"the change of '{name}' is {list(delta.shape)}, the weight {list(module.weight.shape)}: wrong base?"
@@ -103,6 +99,14 @@ def write_lora(
     return errors
 
 
+def check_linear(names: Iterable[str], base: str | os.PathLike) -> None:
+    """Raise CpiftError unless all names are weights of linear layers of the model in the folder `base`."""
+    model = hollow_model(Path(base))
+    modules = dict(model.named_modules())
+    for name in names:
+        _linear_layer(name, model.base_model_prefix, modules)
+
+
 def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A `(r, in)` and B `(out, r)` whose product is nearest to `change`, `(out, in)`; both of about the same size.
 
@@ -127,7 +131,12 @@ def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (root[:, None] * right[:wanted]).contiguous(), (left[:, :wanted] * root).contiguous()
 
 
-def _module(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str:
-    """The module whose weight `name` is, also where the checkpoint leaves out, or adds, the model's prefix."""
-    path = name.rpartition(".")[0]
-    return next((p for p in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")) if p in modules), path)
+def _linear_layer(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str:
+    """The linear layer whose weight `name` is, also where the checkpoint leaves out, or adds, the model's prefix."""
+    from transformers.pytorch_utils import Conv1D
+
+    path, _, kind = name.rpartition(".")
+    for candidate in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
+        if kind == "weight" and isinstance(modules.get(candidate), nn.Linear | Conv1D):
+            return candidate
+    raise CpiftError(f"'{name}' is not the weight of a linear layer, and LoRA of low rank is for those: give no rank")

@@ -213,11 +213,12 @@ def hollow_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     import transformers
     from accelerate import init_empty_weights
 
-    named = read_json(folder / MODEL_CONFIG).get("architectures") or [None]
-    model_class = getattr(transformers, str(named[0]), None)
+    named = read_json(folder / MODEL_CONFIG).get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
     if model_class is None:
         raise CpiftError(
-            f"{folder / MODEL_CONFIG} names the architecture {named[0]}, which transformers does not have: adapters "
+            f"{folder / MODEL_CONFIG} names the architecture {name}, which transformers does not have: adapters "
             f"of custom models cannot be merged here; {MERGE_ELSEWHERE}"
         )
     try:

@@ -39,7 +39,7 @@ class _Adapted(Tensors):
             raise CpiftError(f"{folder} is an adapter itself: give the folder of the model that it is for as base")
         with_weights = need_weights or any((folder / file).is_file() for file in (MODEL_INDEX, MODEL_WEIGHTS))
         self._base = Checkpoint(folder) if with_weights else None
-        if "quantization_config" in read_json(folder / MODEL_CONFIG):
+        if read_json(folder / MODEL_CONFIG).get("quantization_config"):
             raise CpiftError(
                 f"{folder} is quantized (its {MODEL_CONFIG} has a quantization_config), and adapters are "
                 "not merged into such weights: dequantize the model and save it again"
@@ -68,6 +68,12 @@ class _Adapted(Tensors):
                 self._last = {self._stored(live): value.reshape(-1) for live, value in merged.items()}
             last = self._last[name]
         return last[start:stop].clone()
+
+    @property
+    @override
+    def peak_bytes(self) -> int:
+        # The weight, PEFT's copies of it, and the result.
+        return 4 * max(map(self.bytes, self._targets or self.shapes))
 
     @cached_property
     @override
@@ -126,9 +132,6 @@ class MergedWeights(_Adapted):
         base: the model's folder.
         adapter: the adapter's folder. Any method of PEFT that can be merged, with trained biases, saved modules and
             trained tokens.
-
-    Attributes:
-        changed: the names of the tensors that are not the model's own.
 
     Attributes:
         changed: the names of the tensors that are not the model's own.

@@ -106,7 +106,14 @@ class Checkpoint(Tensors):
     @override
     def adapter_config(self) -> dict:
         """The adapter's configuration, as saved; empty for a whole model. CpiftError if an adapter has none."""
-        return read_json(self.folder / ADAPTER_CONFIG) if self.is_adapter else {}
+        if not self.is_adapter:
+            return {}
+        config = read_json(self.folder / ADAPTER_CONFIG)
+        for key in ("peft_type", "task_type", "base_model_name_or_path"):
+            value = config.get(key)
+            if not isinstance(value, str | None) or (key == "peft_type" and not value):
+                raise CpiftError(f"{self.folder / ADAPTER_CONFIG} has {key}={value!r}: save the adapter again")
+        return config
 
     @cached_property
     def model_config(self) -> dict:
@@ -157,7 +164,7 @@ def read_json(file: Path) -> dict:
     """The JSON object in `file`; CpiftError names the file if it holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CpiftError(f"cannot read {file}: {error}") from error
     if not isinstance(content, dict):
         raise CpiftError(f"{file} holds a {type(content).__name__}, not a JSON object")
@@ -188,8 +195,8 @@ def _shards(folder: Path) -> tuple[list[Path], set[str]]:
     files = []
     for name in sorted(set(weight_map.values())):
         # A name with a folder in it could lead anywhere on the disk.
-        if Path(name).name != name or name in {"", ".", ".."}:
-            raise CpiftError(f"{index} names '{name}', which is not a file of its own folder: refused")
+        if Path(name).name != name or name in {"", ".", ".."} or len(name.encode(errors="replace")) > 255:
+            raise CpiftError(f"{index} names '{name[:200]}', which is not a file of its own folder: refused")
         if not (folder / name).is_file():
             raise CpiftError(f"{index} names '{name}', which is missing: fetch the checkpoint again")
         files.append(folder / name)

@@ -68,6 +68,11 @@ class Tensors(Mapping[str, Tensor]):
         return self.dtypes
 
     @property
+    def peak_bytes(self) -> int:
+        """About how much memory reading takes for a while, beyond the parts that it gives."""
+        return 0
+
+    @property
     def adapter_config(self) -> dict:
         """The configuration of the adapter whose own tensors these are; empty for the weights of a model."""
         return {}
@@ -120,6 +125,9 @@ class InMemory(Tensors):
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 raise CpiftError(f"'{name}' is a {type(tensor).__name__}, not a tensor: pass tensors by name")
+            if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex():
+                kind = "complex" if tensor.is_complex() else "meta" if tensor.is_meta else str(tensor.layout)
+                raise CpiftError(f"tensor '{name}' is {kind}, and has no plain numbers as values")
             # Empty tensors all share address 0, so they are told apart by name.
             key = (
                 (name,)

@@ -26,6 +26,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 def complete_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `path`, and rename it to `path` when the block ends without an error.
 
+    A killed process leaves the temporary folder, `.NAME.*.part`, which can be deleted, and nothing else.
+
     Args:
         path: the folder to make. Its parents are made too.
         overwrite: replace an existing folder, once the new one is complete.
@@ -50,11 +52,26 @@ def complete_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iter
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders; a result is an ordinary one
         check_free(path, overwrite=overwrite)  # again: another run may have written it meanwhile
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        _replace(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Put `new` in the place of `path`; whatever happens, one of the two is complete under its name."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    try:
+        os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

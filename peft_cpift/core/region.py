@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from peft_cpift.checkpoint.header import MAX_BYTES, MAX_SIZE
 from peft_cpift.checkpoint.writer import write_tensors
 from peft_cpift.core.indices import Indices
 from peft_cpift.errors import CpiftError
@@ -127,6 +128,8 @@ class CoreRegion:
             raise CpiftError(f"cannot read core region {file}: {error}") from error
         try:
             percent = json.loads(metadata["percent"])
+            if len(metadata["shapes"]) > MAX_BYTES:
+                raise ValueError(f"its shapes take more than {MAX_BYTES} bytes")
             shapes = {name: tuple(map(_size, shape)) for name, shape in json.loads(metadata["shapes"]).items()}
             region = cls(
                 indices, shapes, percent, metadata["scope"], tuned=metadata.get("tuned"), base=metadata.get("base")
@@ -134,8 +137,19 @@ class CoreRegion:
             if str(region.total) != metadata["total"]:
                 raise ValueError(f"its shapes have {region.total} coordinates, not {metadata['total']}")
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-            raise CpiftError(f"{file} is damaged: {error}") from error
+            raise CpiftError(f"{file} is damaged: {str(error)[:300]}") from error
         return region
+
+
+def check_free_region(file: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Raise CpiftError if there is something at `file`, unless it is a core region that may be overwritten."""
+    if os.path.lexists(file) and not overwrite:
+        raise CpiftError(f"{file} exists: choose another output, or ask for it to be overwritten")
+    if os.path.lexists(file):
+        try:
+            CoreRegion.load(file)
+        except CpiftError as error:
+            raise CpiftError(f"{file} is not overwritten, for it is no core region: choose another output") from error
 
 
 def load_regions(
@@ -174,6 +188,6 @@ def share_of(total: int, percent: float) -> int:
 
 
 def _size(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a size")
+    if type(value) is not int or not 0 <= value <= MAX_SIZE:
+        raise ValueError("a shape has numbers that are not sizes")
     return value

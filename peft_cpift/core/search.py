@@ -75,7 +75,7 @@ class CoreSearch:
         shapes: name -> shape of the tensors that are considered.
         wanted: how many coordinates the region has, if so many moved.
         bytes_to_read: how much is read, if one pass is enough.
-        peak_bytes: about how much memory is needed beyond that of the libraries (measured by the tests).
+        peak_bytes: how much memory is needed at most, about, beyond that of the libraries.
     """
 
     def __init__(
@@ -118,7 +118,8 @@ class CoreSearch:
         self.bytes_to_read = sum(side.bytes(name) for side in sides for name in self.shapes)
         # An index and a value of each that passes the bar, and a few parts of both sides for every worker.
         width, at_work = self._dtype.itemsize, min(torch.get_num_threads(), MAX_WORKERS) + 1
-        self.peak_bytes = int(1.25 * (4 + width) * self.wanted) + 14 * width * CHUNK * at_work
+        self.peak_bytes = 2 * (4 + width) * self.wanted + 14 * width * CHUNK * at_work
+        self.peak_bytes += sum(side.peak_bytes for side in sides)
 
     @property
     def total(self) -> int:

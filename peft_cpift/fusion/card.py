@@ -54,8 +54,9 @@ fine-tuning, all others interpolated spherically, task after task.
 |---|---|
 | (start) | `{settings["start"]}` |
 {"".join(f"| {task} | `{name}` |{chr(10)}" for task, name in settings["tasks"].items())}
-{report.core:,} coordinates were transplanted, {report.conflicts:,} of them in the cores of several tasks; of
-{report.folds:,} interpolations {report.linear_folds:,} were linear. Every tensor is listed in `fusion.json`.
+{_form(settings, report)}{report.core:,} coordinates were transplanted, {report.conflicts:,} of them in the cores of
+several tasks; of {report.folds:,} interpolations {report.linear_folds:,} were linear. Every tensor is listed in
+`fusion.json`.
 
 ```json
 {json.dumps({key: value for key, value in settings.items() if key not in ("start", "tasks")}, indent=2)}
@@ -70,9 +71,24 @@ fine-tuning, all others interpolated spherically, task after task.
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
+def _form(settings: Mapping[str, Any], report: FusionReport) -> str:
+    """What the fused tensors are, where they are not the tasks' own."""
+    if settings["merged"] is None:
+        return ""
+    text = f"Adapters were merged into `{settings['merged']}`, and the weights were fused. "
+    if settings["rank"] is not None:
+        worst = max(report.errors.values())
+        text += (
+            f"Their change is written as a LoRA adapter of rank {settings['rank']}, which loses up to {worst:.1%} of "
+            "a weight's change, so that cores are near their tasks' values, not equal to them. "
+        )
+    return text
+
+
 def _snippet(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     if not adapter:
-        name = (model.get("architectures") or ["AutoModel"])[0]
+        named = model.get("architectures")
+        name = str(named[0]) if isinstance(named, list) and named else "AutoModel"
         return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("FOLDER")'
     propulsion = (
         "import peft_cpift  # registers Propulsion with PEFT\n" if adapter["peft_type"] == "PROPULSION" else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
@@ -76,14 +77,14 @@ def fuse(
         tasks: name -> folder of the task's checkpoint or adapter.
         cores: name -> its core region, or the region's file; the same names as `tasks`.
         start: folder of theta_base, from which the other coordinates start. Its configuration and tokenizer files are
-            carried over, and its dtypes kept.
+            carried over, its dtypes kept, and its tensors of integers copied.
         output: the folder to write; it appears when it is complete.
         pretrained: folder of theta_0, before any fine-tuning. Not needed for Propulsion adapters, which start at 1,
             nor where no rule asks for it: with `space="weights"`, and no tensor that has coordinates in several cores
             or another `conflict` than `"largest_update"`. With `merged`, the adapters' model if not given.
-        weights: name -> w_n > 0; default 1 each.
+        weights: name -> w_n > 0, of every task; without it, 1 each.
         start_weight: w_0 >= 0; 0 forgets the start.
-        omega: a fixed factor in [0, 1] in place of weights, as in the paper.
+        omega: a fixed factor in [0, 1] in place of weights and start_weight, as in the paper.
         conflict: what a coordinate in several cores takes: `"largest_update"`, `"last"` or `"mean"`.
         space: interpolate `"weights"` (the paper), or `"delta"`, their differences from `pretrained`.
         linear_above: |cosine| above which to interpolate linearly.
@@ -137,7 +138,7 @@ class FusionPlan:
         rules: tensor name -> its rule.
         bytes_to_read: what both readings of every tensor come to; the second mostly comes from the system's cache.
         bytes_to_write: the size of the result's tensors.
-        peak_bytes: about how much memory is needed beyond that of the libraries (measured by the tests).
+        peak_bytes: how much memory is needed at most, about, beyond that of the libraries.
     """
 
     def __init__(
@@ -164,6 +165,12 @@ class FusionPlan:
         check_overwritten(self.output, given, REPORT)
         if not tasks:
             raise CpiftError("there is no task to fuse")
+        if not all(isinstance(task, str) and task.isprintable() for task in tasks):
+            raise CpiftError(f"tasks must have names of printable text, got {list(tasks)!r}")
+        if base is not None and not merged and rank is None:
+            raise CpiftError(
+                "base is the model that adapters are merged into: ask for merged=True or a rank, or omit it"
+            )
         if set(cores) != set(tasks):
             raise CpiftError(f"cores are given for {sorted(cores)}, but the tasks are {sorted(tasks)}: name the same")
         if rank is not None and (not isinstance(rank, int) or rank < 1):
@@ -182,25 +189,36 @@ class FusionPlan:
         check_starts_known(self.inputs, self._regions, self.rules)
         self._dtype, self._dtypes = dtype, output_dtypes(self.inputs, dtype)
         if rank is not None:
+            from peft_cpift.adapters import check_linear
+
             self.rules = {name: self.rules[name] for name in changed_weights(self.inputs)}
-            self._dtypes = dict.fromkeys(self.rules, torch.float64)
+            check_linear(self.rules, self.inputs.model)
+            self._dtypes = dict.fromkeys(self.rules, torch.float32)
         self._settings = {
             "start": Path(start).resolve().name,
             "tasks": {task: Path(folder).resolve().name for task, folder in tasks.items()},
             **{field.name: getattr(rule, field.name) for field in fields(rule)},
             "weights": None if rule.weights is None else dict(rule.weights),
             "overrides": {pattern: dict(settings) for pattern, settings in (overrides or {}).items()},
+            "merged": None if self.inputs.model is None else self.inputs.model.name,
+            "rank": rank,
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         }
         self.bytes_to_read = sum(self._entry_bytes(name) * self.inputs.start.size(name) for name in self.rules)
-        self.bytes_to_write = sum(self.inputs.start.size(name) * self._dtypes[name].itemsize for name in self.rules)
+        shapes = {name: self.inputs.start.shapes[name] for name in self.rules}
+        self.bytes_to_write = sum(math.prod(shape) * self._dtypes[name].itemsize for name, shape in shapes.items())
         at_work = min(torch.get_num_threads(), MAX_WORKERS) + 1
         self.peak_bytes = 2 * at_work * (len(tasks) + 4) * CHUNK * torch.float64.itemsize
+        self.peak_bytes += sum(source.peak_bytes for source in self._sources)
+        if rank is not None:  # factors instead of weights, and the change of one weight, whole, while it is decomposed
+            self.bytes_to_write = sum(rank * sum(shape) * torch.float32.itemsize for shape in shapes.values())
+            self.peak_bytes += 8 * max(map(math.prod, shapes.values())) * torch.float32.itemsize
         check_room(self.output, self.bytes_to_write)
         warn_of_other_values(self.inputs, regions)
 
     @property
-    def _sources(self) -> dict[str, Tensors]:
-        return {"start": self.inputs.start, **self.inputs.tasks}
+    def _sources(self) -> list[Tensors]:
+        return [self.inputs.start, *self.inputs.tasks.values()]
 
     def run(self, progress: Callable[[int], object] | None = None) -> FusionReport:
         """Fuse, and write the result; `progress` is called with a number of bytes after each part that was read."""
@@ -241,7 +259,13 @@ class FusionPlan:
         claims = sum(name in region.indices for region in self._regions)
         asked = rule.space == "delta" or (rule.conflict == "largest_update" and claims > 1)
         report.tensors[name], parts = fuse_tensor(
-            TensorInputs(name, self._sources, self._regions, partial(self._pretrained, name) if asked else None),
+            TensorInputs(
+                name,
+                ["start", *inputs.tasks],
+                self._sources,
+                self._regions,
+                partial(self._pretrained, name) if asked else None,
+            ),
             rule,
             rule.omegas(inputs.tasks),
             self._dtypes[name],
@@ -254,7 +278,7 @@ class FusionPlan:
         """How much is read for each entry of the result: from all sources, twice, where they are interpolated."""
         if not self.inputs.start.dtypes[name].is_floating_point:
             return self.inputs.start.dtypes[name].itemsize
-        return 2 * sum(source.dtypes[name].itemsize for source in self._sources.values())
+        return 2 * sum(source.dtypes[name].itemsize for source in self._sources)
 
     def _pretrained(self, name: str, start: int, stop: int) -> Tensor:
         """Entries of theta_0, which is known without a folder for what starts at one, and for what never moves."""
@@ -279,7 +303,7 @@ class FusionPlan:
 
         model = Checkpoint(self.inputs.model)
         deltas = (
-            (name, torch.cat(list(fused(name))).reshape(model.shapes[name]) - model[name].double())
+            (name, torch.cat(list(fused(name))).reshape(model.shapes[name]) - model[name].float())
             for name in self.rules
         )
         return write_lora(folder, deltas, self._rank, self.inputs.merged_config, base=self.inputs.model)

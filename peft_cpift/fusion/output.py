@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -10,7 +11,6 @@ from pathlib import Path
 import torch
 
 from peft_cpift.checkpoint.reader import MODEL_CONFIG, read_json
-from peft_cpift.checkpoint.writer import write_json
 from peft_cpift.errors import CpiftError
 from peft_cpift.fusion.inputs import Folder
 
@@ -37,7 +37,7 @@ def check_room(output: Path, size: int) -> None:
     there = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(there).free
     if size > free:
-        raise CpiftError(f"{output} needs {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: make room")
+        raise CpiftError(f"{output} needs {size:,} bytes and its disk has {free:,} left: make room")
 
 
 def carry_over(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
@@ -45,11 +45,12 @@ def carry_over(source: Path, target: Path, dtype: torch.dtype | None = None) -> 
     for file in sorted(source.iterdir()):
         record = any(fnmatchcase(file.name, pattern) for pattern in RECORDS)
         if file.is_file() and file.suffix in CARRIED_SUFFIXES and not record:
-            shutil.copy2(file, target / file.name)
+            shutil.copyfile(file, target / file.name)
     if dtype is not None and (target / MODEL_CONFIG).is_file():
         name = str(dtype).removeprefix("torch.")
         config = {key: value for key, value in read_json(target / MODEL_CONFIG).items() if key != "torch_dtype"}
         parts = {
             key: part | {"dtype": name} for key, part in config.items() if isinstance(part, dict) and "dtype" in part
         }
-        write_json(target / MODEL_CONFIG, config | parts | {"dtype": name})
+        text = json.dumps(config | parts | {"dtype": name}, indent=2)  # with Infinity, which some configurations have
+        (target / MODEL_CONFIG).write_text(text + "\n", encoding="utf-8")

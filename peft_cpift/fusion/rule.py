@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -57,6 +58,8 @@ class Rule:
                 raise CpiftError(f"the weight of '{name}' must be positive, got {weight!r}")
         if not _is_number(self.start_weight) or not 0 <= self.start_weight < float("inf"):
             raise CpiftError(f"start_weight must be at least 0, got {self.start_weight!r}")
+        if not math.isfinite(self.start_weight + sum((self.weights or {}).values())):
+            raise CpiftError("the weights are too large to be added up: divide all by the same number")
         for key in ("omega", "linear_above"):
             value = getattr(self, key)
             if (key, value) != ("omega", None) and not (_is_number(value) and 0 <= value <= 1):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 LINEAR_ABOVE = 0.9995
 """Cosine above which two are taken as parallel, and interpolated linearly: at an angle of about 1.8 degrees."""
+PARALLEL = 1 - 1e-14
+"""Cosine above which rounding leaves nothing of the angle's sine, by which the formula divides."""
 CANCELLED = 1e-13
 """A sum whose squared length is so small a part of its terms' is float32 rounding, and taken as zero (ours)."""
 
@@ -93,7 +95,7 @@ def fold(gram: Tensor, omegas: Sequence[float], *, linear_above: float = LINEAR_
             cosine = running[number] / (math.sqrt(square) * math.sqrt(lengths[number]))
             cosine = min(1.0, max(-1.0, cosine))  # rounding may carry it past 1, where acos is not defined
             angle = math.acos(cosine)
-            straight = abs(cosine) > linear_above or abs(cosine) == 1
+            straight = abs(cosine) > min(linear_above, PARALLEL)
         keep, take = 1 - omega, omega
         if not straight:
             keep, take = (math.sin(share * angle) / math.sin(angle) for share in (1 - omega, omega))
@@ -104,20 +106,17 @@ def fold(gram: Tensor, omegas: Sequence[float], *, linear_above: float = LINEAR_
     return Fold(coefficients, angles, linear)
 
 
-BLOCK = 4096
-
-
 def inner_products(vectors: Tensor) -> Tensor:
     """The inner products of all pairs of the rows; float64, shape (n, n).
 
     Args:
         vectors: float64, shape (n, length).
     """
-    # Long thin products are slow in BLAS, many short ones are not.
-    whole = vectors.shape[1] // BLOCK * BLOCK
-    blocks = vectors[:, :whole].unflatten(1, (-1, BLOCK)).transpose(0, 1)
-    rest = vectors[:, whole:]
-    return torch.bmm(blocks, blocks.mT).sum(0) + rest @ rest.T
+    gram = torch.empty(len(vectors), len(vectors), dtype=vectors.dtype)
+    # Row by row is twice as fast as the product of a long thin matrix with itself.
+    for row in range(len(vectors)):
+        gram[row, row:] = gram[row:, row] = vectors[row:] @ vectors[row]
+    return gram
 
 
 def combine(vectors: Tensor, coefficients: Sequence[float]) -> Tensor:

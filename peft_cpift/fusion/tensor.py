@@ -16,7 +16,7 @@ from peft_cpift.errors import CpiftError
 from peft_cpift.fusion.report import TensorFusion
 from peft_cpift.fusion.rule import Rule
 from peft_cpift.fusion.slerp import combine, fold, inner_products
-from peft_cpift.fusion.transplant import count_owners, transplant
+from peft_cpift.fusion.transplant import count_owners, nonzero, transplant
 
 
 @dataclass(frozen=True)
@@ -25,33 +25,35 @@ class TensorInputs:
 
     Attributes:
         name: the tensor's name.
-        sources: label -> where it is: theta_base first, then the tasks.
+        labels: what messages call the sources.
+        sources: where it is: theta_base first, then the tasks.
         regions: the tasks' cores.
         pretrained: `pretrained(start, stop)` gives entries of theta_0; None if the rule does not ask for them.
     """
 
     name: str
-    sources: dict[str, Tensors]
+    labels: Sequence[str]
+    sources: Sequence[Tensors]
     regions: Sequence[CoreRegion]
     pretrained: Callable[[int, int], Tensor] | None = None
 
     @property
     def size(self) -> int:
         """The number of entries."""
-        return next(iter(self.sources.values())).size(self.name)
+        return self.sources[0].size(self.name)
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """The entries of all sources as float64, shape (sources, stop - start)."""
-        parts = torch.empty(len(self.sources), stop - start, dtype=torch.float64)
-        for row, source in zip(parts, self.sources.values(), strict=True):
+    def read(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The entries of all sources, shape (sources, stop - start)."""
+        parts = torch.empty(len(self.sources), stop - start, dtype=dtype)
+        for row, source in zip(parts, self.sources, strict=True):
             row.copy_(source.part(self.name, start, stop))
         return parts
 
-    def read_pretrained(self, start: int, stop: int) -> Tensor | None:
-        """The entries of theta_0 as float64, shape (stop - start,)."""
+    def read_pretrained(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor | None:
+        """The entries of theta_0, shape (stop - start,)."""
         if self.pretrained is None:
             return None
-        origin = self.pretrained(start, stop).double()
+        origin = self.pretrained(start, stop).to(dtype)
         if not bool(origin.isfinite().all()):
             raise CpiftError(f"tensor '{self.name}' has a value that is not finite in 'pretrained': use another")
         return origin
@@ -97,6 +99,8 @@ def fuse_tensor(
         gram += products
         made.core += core
         made.conflicts += conflicts
+    if not bool(gram.isfinite().all()):
+        raise CpiftError(f"tensor '{inputs.name}' has values too large for their squares to be added in float64")
     coefficients = [1.0] + [0.0] * len(omegas)
     if made.core < inputs.size:
         coefficients, angles, made.linear = fold(gram, omegas, linear_above=rule.linear_above)
@@ -116,7 +120,7 @@ def _read_first(inputs: TensorInputs, rule: Rule, start: int, stop: int) -> tupl
     """The number of entries, their inner products outside all cores, how many are in a core, and in several."""
     parts = inputs.read(start, stop)
     if not bool(parts.sum().isfinite()):
-        for label, part in zip(inputs.sources, parts, strict=True):
+        for label, part in zip(inputs.labels, parts, strict=True):
             if not bool(part.isfinite().all()):
                 raise CpiftError(
                     f"tensor '{inputs.name}' has a value that is not finite in '{label}': that training diverged"
@@ -124,7 +128,7 @@ def _read_first(inputs: TensorInputs, rule: Rule, start: int, stop: int) -> tupl
     if rule.space == "delta":
         parts -= inputs.read_pretrained(start, stop)
     owners = count_owners(inputs.cores(start, stop), stop - start)
-    core = owners.nonzero().squeeze(1)
+    core = nonzero(owners)
     parts[:, core] = 0
     return stop - start, inner_products(parts), len(core), int((owners > 1).sum())
 
@@ -133,7 +137,12 @@ def _read_again(
     inputs: TensorInputs, rule: Rule, coefficients: Sequence[float], dtype: torch.dtype, start: int, stop: int
 ) -> Tensor:
     """The fused entries."""
-    parts, origin = inputs.read(start, stop), inputs.read_pretrained(start, stop)
+    # Float32 is exact for values of two bytes, and their sum is rounded to two bytes again.
+    narrow = all(
+        stored.itemsize <= 2 for stored in (dtype, *(source.dtypes[inputs.name] for source in inputs.sources))
+    )
+    working = torch.float32 if narrow else torch.float64
+    parts, origin = inputs.read(start, stop, working), inputs.read_pretrained(start, stop, working)
     fused = combine(parts, coefficients)
     if rule.space == "delta":
         fused += (1 - sum(coefficients)) * origin  # origin + the sum of c (part - origin)

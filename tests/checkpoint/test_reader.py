@@ -588,3 +588,51 @@ def test_nothing_is_held_open(tmp_path):
     links = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
     assert not [link for link in links if tmp_path in link.parents]
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{}",
+        '{"peft_type": []}',
+        '{"peft_type": "LORA", "task_type": ["x"]}',
+        '{"peft_type": "LORA", "base_model_name_or_path": 5}',
+        '{"peft_type": "LORA", "r": ' + "1" * 5000 + "}",
+    ],
+    ids=["empty", "kind", "task", "model", "digits"],
+)
+def test_an_adapter_config_that_makes_no_sense(tmp_path, config):
+    write_single(tmp_path, {"z": torch.ones(1)}, "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(CpiftError, match=r"adapter_config\.json"):
+        _ = Checkpoint(tmp_path).adapter_config
+
+
+def test_headers_that_would_cost_far_more_than_their_file(tmp_path):
+    """Parsed, an empty object takes 64 bytes, written it takes 3."""
+    file = tmp_path / "model.safetensors"
+    header = b'{"x":[' + b"{}," * 9_000_000 + b"{}]}"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CpiftError, match="its header cannot have"):
+        Checkpoint(tmp_path)
+    for entry in (b"[{},{},{}]", b'{"dtype":"F32","shape":[{},{}],"data_offsets":[0,4]}', b'{"dtype":[],"shape":[]}'):
+        header = b'{"x":' + entry + b"}"
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(CpiftError, match=r"cannot read .*model\.safetensors") as raised:
+            Checkpoint(tmp_path)
+        assert len(str(raised.value)) < 600
+
+
+def test_names_that_are_no_text(tmp_path):
+    header = b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CpiftError, match=r"cannot read .*model\.safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_an_index_that_names_a_file_no_disk_has(tmp_path):
+    write_shards(tmp_path, [{"a": torch.ones(1)}])
+    edit_index(tmp_path, {"weight_map": {"a": "x" * 5000}})
+    with pytest.raises(CpiftError, match="not a file of its own folder") as raised:
+        Checkpoint(tmp_path)
+    assert len(str(raised.value)) < 600

@@ -250,3 +250,17 @@ def test_any_value_of_the_middle_block_counts():
         changed[place] += 1
         digests.add(open_source({"w": changed}).digest)
     assert len(digests | {open_source({"w": values}).digest}) == 5
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(2).to_sparse(), "sparse"),
+        (torch.empty(2, device="meta"), "meta"),
+        (torch.ones(2, dtype=torch.complex64), "complex"),
+    ],
+    ids=["sparse", "meta", "complex"],
+)
+def test_tensors_without_plain_numbers_are_refused(tensor, kind):
+    with pytest.raises(CpiftError, match=f"tensor 'w' is .*{kind}"):
+        InMemory({"w": tensor})

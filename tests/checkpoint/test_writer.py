@@ -8,7 +8,9 @@ loop.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import stat
 import weakref
 from collections.abc import Iterator
@@ -407,3 +409,23 @@ def test_a_tensor_with_the_formats_own_name_is_refused(tmp_path):
     with pytest.raises(CpiftError, match="'__metadata__' cannot be saved"):
         write_tensors(tmp_path, layout, lambda name: [torch.ones(1)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_an_interrupt_while_a_folder_is_replaced_leaves_one_of_the_two(tmp_path, monkeypatch, moment):
+    """Whether it comes before the old one has made way or before the new one is in its place, the old one is there."""
+    target = tmp_path / "run"
+    with complete_folder(target) as folder:
+        (folder / "note.txt").write_text("old")
+    replace, calls = os.replace, itertools.count(1)
+
+    def interrupted(source, destination):
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), complete_folder(target, overwrite=True) as folder:
+        (folder / "note.txt").write_text("new")
+    assert (target / "note.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -597,3 +597,11 @@ def test_a_small_file_takes_little_memory_whatever_it_claims(tmp_path):
     for seen in load_apart(files, 60 << 20):
         assert seen["grown"] < 10 << 20
         assert "is damaged" in seen["error"] if "error" in seen else (seen["length"], seen["found"]) == (2, 1)
+
+
+def test_shapes_of_many_digits_are_not_multiplied(tmp_path):
+    """Products of such numbers would take seconds for each kilobyte."""
+    shapes = '{"w": [' + ", ".join(["9" * 4000] * 800) + "]}"
+    file = write_region(tmp_path / "core.safetensors", shapes=shapes)
+    with pytest.raises(CpiftError, match="damaged"):
+        CoreRegion.load(file)

@@ -24,6 +24,8 @@ SETTINGS = {
     "weights": None,
     "omega": 0.5,
     "overrides": {"*.embed*": {"omega": 0.0}},
+    "merged": None,
+    "rank": None,
 }
 REPORT = FusionReport(
     {"w": TensorFusion([0.5, 0.1], [False, True], core=12_345, conflicts=1_234), "v": TensorFusion([None], [True])}
@@ -48,10 +50,21 @@ def test_what_was_fused_and_how(tmp_path):
     for row in ("| (start) | `theta` |", "| maths | `probe-maths` |", "| code | `probe-code` |"):
         assert f"\n{row}\n" in text
     assert text.index("(start)") < text.index("| maths") < text.index("| code")
-    assert "12,345 coordinates were transplanted, 1,234 of them in the cores of several tasks" in text
-    assert "of\n3 interpolations 2 were linear" in text
+    assert "12,345 coordinates were transplanted, 1,234 of them in the cores of\nseveral tasks" in text
+    assert "of 3 interpolations 2 were linear" in text
     shown = json.loads(re.search(r"```json\n(.*?)\n```", text, re.DOTALL)[1])
-    assert shown == {"weights": None, "omega": 0.5, "overrides": {"*.embed*": {"omega": 0.0}}}
+    assert shown == {key: SETTINGS[key] for key in ("weights", "omega", "overrides", "merged", "rank")}
+
+
+def test_what_stands_for_adapters(tmp_path):
+    merged = SETTINGS | {"merged": "llama"}
+    text = make_card(tmp_path, model={}, settings=merged)
+    assert "Adapters were merged into `llama`" in text
+    assert "LoRA" not in text
+    report = FusionReport(REPORT.tensors, {"w": 0.25, "v": 0.125})
+    write_card(tmp_path, merged | {"rank": 8}, report)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "LoRA adapter of rank 8, which loses up to 25.0% of a weight's change" in text
 
 
 def test_the_front_of_a_model(tmp_path):

@@ -296,6 +296,9 @@ def test_what_was_asked_for_is_written_down(models, fuse_quietly):
         "space": "weights",
         "linear_above": 0.9,
         "overrides": {},
+        "merged": None,
+        "rank": None,
+        "dtype": None,
     }
     assert written.items() >= given.items()
     assert written.keys() == given.keys() | {"folds", "linear_folds", "core", "conflicts", "tensors"}
@@ -740,7 +743,7 @@ def test_a_disk_without_room_is_noticed_before_writing(models, monkeypatch, asse
     output = models.folder / "new" / "folders" / "fused"
     if room < 0:
         assert_refused(
-            models, r"fused needs .* GB and its disk has .* GB left: make room", theta_0=True, output=output
+            models, r"fused needs .* bytes and its disk has .* left: make room", theta_0=True, output=output
         )
     else:
         fuse_quietly(**{**models.arguments(), "output": output})
@@ -871,3 +874,24 @@ def test_tensors_far_larger_than_the_memory(large, threads):
                 for number, value in enumerate((2.0, 4.0, 6.0)):
                     expected[::100, number] = value + number / 1000
             torch.testing.assert_close(part, expected, rtol=2e-7, atol=0)
+
+
+def test_a_task_may_be_called_start(tmp_path, make_plain, fuse_quietly, read_model):
+    case = make_plain(tmp_path, {"w": torch.zeros(2)}, {"w": torch.ones(2)})
+    arguments = case.arguments()
+    (name,) = arguments["tasks"]
+    arguments |= {key: {"start": arguments[key][name]} for key in ("tasks", "cores")}
+    fuse_quietly(**arguments, start_weight=0)
+    assert read_model(tmp_path / "fused")["w"].tolist() == [1.0, 1.0]
+
+
+def test_values_whose_squares_are_too_large_are_named(tmp_path, make_plain, fuse_quietly):
+    large = {"w": torch.full((2,), 1e200, dtype=torch.float64)}
+    case = make_plain(tmp_path, large, large)
+    with pytest.raises(CpiftError, match="tensor 'w' has values too large"):
+        fuse_quietly(**case.arguments())
+
+
+def test_a_base_without_a_merge_is_refused(models, fuse_quietly):
+    with pytest.raises(CpiftError, match="base is the model that adapters are merged into"):
+        fuse_quietly(**models.arguments(), base=models.folder)

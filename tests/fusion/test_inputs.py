@@ -241,6 +241,8 @@ def test_adapters_of_factors_are_refused(tmp_path, new_case, save_adapter, asser
     case = new_case(tmp_path, tensors, tensors, {"a": tensors, "b": tensors})
     write_stages(case, save_adapter, peft_type=peft_type)
     message = rf"task 'a' is a {peft_type} adapter, which cannot be fused tensor by tensor .*merged=True.*rank"
+    if peft_type is None:  # nobody knows what its tensors mean
+        message = r"adapter_config\.json has peft_type=None: save the adapter again"
     assert_refused(case, message, theta_0=True, conflict=conflict)
 
 

@@ -37,7 +37,8 @@ def fuse_one(start, tuned, cores=None, rule=None, *, pretrained=None, dtype=None
     indices = [{"w": torch.tensor(sorted(core))} if len(core) else {} for core in cores]
     inputs = TensorInputs(
         "w",
-        {label: InMemory({"w": values}) for label, values in zip(["start", *tasks], [start, *tuned], strict=True)},
+        ["start", *tasks],
+        [InMemory({"w": values}) for values in (start, *tuned)],
         [CoreRegion(index, shapes) for index in indices],
         None if pretrained is None else lambda first, last: pretrained.reshape(-1)[first:last],
     )
@@ -421,7 +422,8 @@ def test_the_second_reading_begins_when_the_result_is_asked_for():
 
     inputs = TensorInputs(
         "w",
-        {label: Watched({"w": torch.ones(4)}) for label in ("start", "a")},
+        ["start", "a"],
+        [Watched({"w": torch.ones(4)}) for _ in range(2)],
         [CoreRegion({}, {"w": (4,)})],
     )
     with chunking.workers() as in_order:
@@ -432,7 +434,7 @@ def test_the_second_reading_begins_when_the_result_is_asked_for():
 
 
 def test_without_a_rule_that_asks_nothing_before_training_is_read():
-    inputs = TensorInputs("w", {"start": InMemory({"w": torch.ones(2)})}, [])
+    inputs = TensorInputs("w", ["start"], [InMemory({"w": torch.ones(2)})], [])
     assert inputs.read_pretrained(0, 2) is None
     assert inputs.size == 2
 

@@ -67,7 +67,7 @@ def fuse(
     Coordinates in a task's core take that task's value, to the bit (`transplant`). All others start from `start`, and
     the tasks are folded in one after another, in the order of `tasks`, by `slerp` over the tensor's coordinates
     outside all cores. The n-th task's factor is w_n / (w_0 + ... + w_n), so that equal weights treat all tasks and the
-    start alike (ours), or `omega` for every task. Arithmetic is in float64.
+    start alike (ours), or `omega` for every task. Arithmetic is in float64, but for sums of two-byte values in float32.
 
     Every tensor is read twice in chunks, once for the inner products that the angles follow from and once for the
     result, so the memory grows neither with the tensors nor with the model. The result does not depend on how the
@@ -212,7 +212,7 @@ class FusionPlan:
         self.peak_bytes += sum(source.peak_bytes for source in self._sources)
         if rank is not None:  # factors instead of weights, and the change of one weight, whole, while it is decomposed
             self.bytes_to_write = sum(rank * sum(shape) * torch.float32.itemsize for shape in shapes.values())
-            self.peak_bytes += 8 * max(map(math.prod, shapes.values())) * torch.float32.itemsize
+            self.peak_bytes += 8 * max(map(math.prod, shapes.values()), default=0) * torch.float32.itemsize
         check_room(self.output, self.bytes_to_write)
         warn_of_other_values(self.inputs, regions)
 
@@ -257,14 +257,13 @@ class FusionPlan:
                 yield inputs.start.part(name, start, stop)
             return
         claims = sum(name in region.indices for region in self._regions)
-        asked = rule.space == "delta" or (rule.conflict == "largest_update" and claims > 1)
         report.tensors[name], parts = fuse_tensor(
             TensorInputs(
                 name,
                 ["start", *inputs.tasks],
                 self._sources,
                 self._regions,
-                partial(self._pretrained, name) if asked else None,
+                partial(self._pretrained, name) if rule.needs_pretrained(claims) else None,
             ),
             rule,
             rule.omegas(inputs.tasks),
@@ -290,7 +289,6 @@ class FusionPlan:
 
     def _write(self, folder: Path, fused: Callable[[str], Iterator[Tensor]]) -> None:
         layout = {name: (self.inputs.start.shapes[name], dtype) for name, dtype in self._dtypes.items()}
-
         if self.inputs.start.adapter_config:
             write_tensors(folder, layout, fused, ADAPTER_WEIGHTS, max_shard_bytes=None)
         else:

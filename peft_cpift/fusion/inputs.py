@@ -177,8 +177,7 @@ def check_starts_known(inputs: Inputs, regions: Iterable[CoreRegion], rules: Map
     regions = list(regions)
     for name, rule in rules.items():
         claims = sum(name in region.indices for region in regions)
-        asked = rule.space == "delta" or (rule.conflict == "largest_update" and claims > 1)
-        if asked and not starts_at_one(inputs.start, name) and not is_frozen(name):
+        if rule.needs_pretrained(claims) and not starts_at_one(inputs.start, name) and not is_frozen(name):
             raise CpiftError(
                 f"conflict='{rule.conflict}' with space='{rule.space}' needs the value of '{name}' before training: "
                 "give pretrained=, or use conflict='last' or 'mean' with space='weights'"

@@ -42,6 +42,10 @@ class Rule:
             omegas.append(weight / total if self.omega is None else self.omega)
         return omegas
 
+    def needs_pretrained(self, claims: int) -> bool:
+        """Whether a tensor with coordinates in so many cores needs its values before any training."""
+        return self.space == "delta" or (self.conflict == "largest_update" and claims > 1)
+
     def check(self, tasks: Collection[str]) -> None:
         """Raise CpiftError if a setting is out of range, or the weights are not those of `tasks`."""
         if self.weights is not None:

@@ -67,7 +67,8 @@ def fuse(
     Coordinates in a task's core take that task's value, to the bit (`transplant`). All others start from `start`, and
     the tasks are folded in one after another, in the order of `tasks`, by `slerp` over the tensor's coordinates
     outside all cores. The n-th task's factor is w_n / (w_0 + ... + w_n), so that equal weights treat all tasks and the
-    start alike (ours), or `omega` for every task. Arithmetic is in float64, but for sums of two-byte values in float32.
+    start alike (ours), or `omega` for every task. Arithmetic is in float64, and in float32 for sums of
+    two-byte values.
 
     Every tensor is read twice in chunks, once for the inner products that the angles follow from and once for the
     result, so the memory grows neither with the tensors nor with the model. The result does not depend on how the

@@ -603,5 +603,5 @@ def test_shapes_of_many_digits_are_not_multiplied(tmp_path):
     """Products of such numbers would take seconds for each kilobyte."""
     shapes = '{"w": [' + ", ".join(["9" * 4000] * 800) + "]}"
     file = write_region(tmp_path / "core.safetensors", shapes=shapes)
-    with pytest.raises(CpiftError, match="damaged"):
+    with pytest.raises(CpiftError, match="damaged: a shape has numbers that are not sizes"):
         CoreRegion.load(file)

@@ -98,6 +98,15 @@ def test_an_adapter_may_be_the_start(stages, tmp_path):
         torch.testing.assert_close(tensor.reshape(-1), expected, rtol=1e-6, atol=1e-7)
 
 
+def test_theta_0_is_the_adapters_model_whatever_the_start(stages, tmp_path):
+    given = arguments(stages, "other", "propulsion", start=stages / "lora")
+    fuse(**given, merged=True, space="delta", output=tmp_path / "fused")
+    given["start"] = stages / "lora-merged"
+    expected = whole_models(stages, given, tmp_path / "expected", space="delta")
+    for name, tensor in weights(tmp_path / "fused").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_the_dtype_is_that_of_the_models_files(stages, tmp_path):
     LlamaForCausalLM.from_pretrained(stages / "model", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
     given = arguments(stages, "lora", start=tmp_path / "half", base=tmp_path / "half")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from peft_cpift.checkpoint.reader import MODEL_CONFIG, Checkpoint, read_json
@@ -23,6 +24,19 @@ from peft_cpift.errors import CpiftError
 PREFIX = "base_model.model."
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How `init_lora_weights` begins where PEFT subtracts the start from the base's weights."""
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What PEFT and transformers raise where a configuration or an adapter does not fit; passed on in one line."""
 MERGE_ELSEWHERE = "merge it in memory with merge_and_unload, and use the saved model"
 
 
@@ -108,7 +122,7 @@ class Skeleton:
                 layers = self._attach(model)
             except CpiftError:
                 raise
-            except Exception as error:  # PEFT raises everything from KeyError to RuntimeError
+            except FAILURES as error:
                 raise CpiftError(
                     f"{adapter.label} cannot be put on the model of {model_folder}: {one_line(error)}; give the model "
                     f"that it was trained on, or {MERGE_ELSEWHERE}"
@@ -168,7 +182,7 @@ class Skeleton:
             smallest = min(alike, key=lambda target: sum(p.numel() for p in target.hollow.values()))
             try:
                 changed, additive = _behaviour(smallest)
-            except Exception as error:  # as above
+            except FAILURES as error:
                 raise CpiftError(
                     f"{self._adapter.label} cannot be merged into '{smallest.name}': {one_line(error)}; "
                     "keep to adapters of a kind that PEFT can merge"
@@ -226,7 +240,7 @@ def hollow_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         with init_empty_weights(include_buffers=False):
             model = model_class._from_config(config, dtype=torch.float32)
         model.tie_weights()
-    except Exception as error:  # a damaged configuration can make anything fail
+    except FAILURES as error:
         raise CpiftError(f"cannot build the model of {folder / MODEL_CONFIG}: {one_line(error)}") from error
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ SMALL = 512
 
 def write_lora(
     folder: str | os.PathLike,
-    deltas: Iterable[tuple[str, Tensor]] | Callable[[], Iterable[tuple[str, Tensor]]],
+    deltas: Iterable[tuple[str, Tensor]],
     rank: int,
     config: Mapping[str, object],
     *,
@@ -61,7 +61,7 @@ def write_lora(
     model = hollow_model(find_model(dict(config)) if base is None else Path(base))
     modules = dict(model.named_modules())
     factors, ranks, errors, transposed = {}, {}, {}, False
-    for name, delta in deltas() if callable(deltas) else deltas:
+    for name, delta in deltas:
         path = _linear_layer(name, model.base_model_prefix, modules)
         module = modules[path]
         if delta.shape != module.weight.shape:

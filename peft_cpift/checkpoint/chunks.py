@@ -35,7 +35,7 @@ def workers() -> Iterator[InOrder]:
     """Give a `map` that runs in as many threads as torch uses, a few items ahead, with results in the order of items.
 
     Within the block torch itself uses one thread. Splitting each operation on a chunk over OpenMP's threads costs
-    more than it gains, and where another program wants a core, up to eighty times as much, for they wait for each other
+    more than it gains, and where another program wants a core, up to eighty times that, for they wait for each other
     by spinning; and sums would depend on the number of threads.
 
     Example:

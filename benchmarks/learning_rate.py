@@ -16,7 +16,7 @@ import torch
 
 from peft_cpift.pipeline import data as rows
 from peft_cpift.pipeline.evaluate import evaluate
-from peft_cpift.pipeline.recipe import read_recipe
+from peft_cpift.pipeline.reading import read_recipe
 from peft_cpift.pipeline.train import (
     load_model,
     load_tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
@@ -13,7 +13,8 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from peft_cpift.errors import CpiftError
-from peft_cpift.pipeline.recipe import TEMPLATES, HubData, Recipe, Task
+from peft_cpift.pipeline.recipe import HubData, Recipe, Task
+from peft_cpift.pipeline.templates import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,13 @@ def extract_answer(text: str, pattern: str | None) -> str | None:
 def _load_task(recipe: Recipe, name: str, task: Task) -> TaskData:
     if recipe.data is not None:
         raw = _load_files(name, recipe.data)
-        source = HubData(name=str(recipe.data))
+        task = replace(task, prompt=None, completion=None)
     else:
-        source = task.hub
-        raw = _load_hub(name, source)
+        raw = _load_hub(name, task.hub)
     sets = {}
     for split, count in (("train", task.train_samples), ("test", task.test_samples)):
         rows = _sample(raw[split], count, recipe.seed)
-        sets[split] = _render(rows, source, recipe.prompt, f"{split} data of task '{name}'")
+        sets[split] = _render(rows, task, recipe.prompt, f"{split} data of task '{name}'")
     if task.answer is not None:
         for split, part in sets.items():
             odd = next(
@@ -171,10 +171,10 @@ def _sample(rows: Dataset, count: int | None, seed: int) -> Dataset:
     return rows if count is None or count >= len(rows) else rows.shuffle(seed=seed).select(range(count))
 
 
-def _render(rows: Dataset, source: HubData, prompt: str, where: str) -> Dataset:
+def _render(rows: Dataset, task: Task, prompt: str, where: str) -> Dataset:
     templates = {
-        "prompt": TEMPLATES.from_string(source.prompt),
-        "completion": TEMPLATES.from_string(source.completion),
+        "prompt": TEMPLATES.from_string(task.prompt or "{{ prompt }}"),
+        "completion": TEMPLATES.from_string(task.completion or "{{ completion }}"),
     }
     frame = TEMPLATES.from_string(prompt)
 

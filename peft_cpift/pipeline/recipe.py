@@ -1,49 +1,22 @@
-"""The recipe of a run: one tree of dataclasses, read from YAML, checked before any model is loaded."""
+"""The recipe of a run: one tree of dataclasses, from which its checks, its starter file and its help are made."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
 import re
-import reprlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jinja2
-import jinja2.meta
-import yaml
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from peft_cpift.errors import CpiftError
+from peft_cpift.pipeline.templates import Template, variables
 
-STRICT = ConfigDict(extra="forbid")
+# The text under a field is its description, for whoever reads the tree by its schema.
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-def _check_template(text: str) -> str:
-    try:
-        TEMPLATES.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"is not a Jinja template: {error.message}") from error
-    return text
-
-
-def _present(value: object) -> object:
-    if value is None:
-        raise ValueError("a column that it uses is null")
-    return value
-
-
-# A sandbox, for a template has no business with Python's inside; strict, since a misspelt or empty column must not
-# become the text "" or "None".
-TEMPLATES = ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, finalize=_present, keep_trailing_newline=True
-)
-Template = Annotated[str, Field(min_length=1), AfterValidator(_check_template)]
+Count = Annotated[int, Field(ge=1)]
+Settings = dict[str, Any]
 
 
 @dataclass(config=STRICT)
@@ -60,10 +33,16 @@ class HubData:
     """Split to train on; slices such as `train[:90%]` work."""
     test: str = "test"
     """Split to score on."""
-    prompt: Template = "{{ prompt }}"
-    """The prompt, a Jinja template over the row's columns: `{{ question }}`, `{{ messages[0].content }}`."""
-    completion: Template = "{{ completion }}"
-    """The completion, likewise: `{{ "ABCD"[label] }}`."""
+
+
+@dataclass(config=STRICT)
+class Files:
+    """Local files: JSON lines, JSON, CSV or Parquet, by their suffix."""
+
+    train: Path
+    """Rows to train on."""
+    test: Path
+    """Rows to score on."""
 
 
 @dataclass(config=STRICT)
@@ -71,23 +50,47 @@ class Task:
     """One task: its data and how it is scored."""
 
     hub: HubData | None = None
-    """Where the data comes from, unless the recipe's `data` names a folder."""
-    train_samples: Annotated[int, Field(ge=1)] | None = None
+    """Its data on the Hub."""
+    files: Files | None = None
+    """Or its data in local files."""
+    prompt: Template | None = None
+    """The prompt, a Jinja template over the row's columns, such as `{{ question }}`; by default `{{ prompt }}`."""
+    completion: Template | None = None
+    """The completion, likewise, such as `{{ "ABCD"[label] }}`; by default `{{ completion }}`."""
+    messages: str | None = None
+    """Instead of the two: the column that holds a conversation. Its last answer is the completion, and what comes
+    before it the prompt, both through `chat_template`."""
+    text: Template | None = None
+    """Or: plain text without a prompt, such as `{{ text }}`."""
+    train_samples: Count | None = None
     """Rows to train on, drawn by the seed; all by default."""
-    test_samples: Annotated[int, Field(ge=1)] | None = None
+    test_samples: Count | None = None
     """Rows to score on, drawn by the seed; all by default."""
-    metric: Literal["loss", "exact_match", "choice"] = "loss"
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Its weight in the fusion, next to the other tasks' and the start's."""
+    metric: Literal["loss", "exact_match", "choice", "codebleu"] = "loss"
     """`loss`: exp(-mean loss per token of the held-out completions), a probability. `exact_match`: share of greedy
-    generations that equal the completion. `choice`: share of rows whose completion is the likeliest of `choices`."""
+    generations that equal the completion. `choice`: share of rows whose completion is the likeliest of `choices`.
+    `codebleu`: mean CodeBLEU of greedy generations, which needs `pip install 'peft-cpift[code]'`."""
     answer: str | None = None
     """For `exact_match`: a regular expression whose first group is the answer, last match counting."""
     choices: list[str] | None = None
     """For `choice`: the candidates."""
+    language: str | None = None
+    """For `codebleu`: the programming language, such as `python`."""
 
     @model_validator(mode="after")
     def _agree(self):
-        if (self.metric == "choice") != (self.choices is not None):
-            raise ValueError("metric 'choice' and the list 'choices' go together: give both or neither")
+        if self.hub is not None and self.files is not None:
+            raise ValueError("'hub' and 'files' are two sources of the data: keep one")
+        templates = self.prompt is not None or self.completion is not None
+        if templates + (self.messages is not None) + (self.text is not None) > 1:
+            raise ValueError("'prompt' and 'completion', 'messages', and 'text' exclude each other: keep one form")
+        if self.text is not None and self.metric != "loss":
+            raise ValueError(f"plain 'text' has no prompt to answer: metric '{self.metric}' needs prompts, use 'loss'")
+        for key, metric in (("choices", "choice"), ("language", "codebleu")):
+            if (self.metric == metric) != (getattr(self, key) is not None):
+                raise ValueError(f"metric '{metric}' and '{key}' go together: give both or neither")
         if self.answer is not None:
             if self.metric != "exact_match":
                 raise ValueError("'answer' is for metric 'exact_match' only: remove it or change the metric")
@@ -104,7 +107,7 @@ class Task:
 class Probe:
     """Stage 1: a brief fine-tuning on each task alone."""
 
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: Settings = dataclasses.field(default_factory=dict)
     """Fields of TRL's SFTConfig, over the recipe's own `training`."""
 
 
@@ -114,6 +117,10 @@ class Core:
 
     percent: Annotated[float, Field(gt=0, le=100)] = 1.0
     """p: the share of all coordinates, in percent."""
+    scope: Literal["global", "tensor"] = "global"
+    """`global`: the largest moves of all tensors together (the paper); `tensor`: p percent of each tensor."""
+    exclude: list[str] = dataclasses.field(default_factory=list)
+    """Patterns of tensor names that are never core, such as `*embed_tokens*`."""
 
 
 @dataclass(config=STRICT)
@@ -122,25 +129,38 @@ class Grouping:
 
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.1
     """tau: tasks whose cores have at least this Jaccard index are joined."""
-    order: Literal["random", "difficulty"] | list[list[str]] = "random"
-    """Order of the groups: shuffled by the seed, or easy first by the probes' training loss; or the groups themselves,
-    in order, in place of those that the overlaps give."""
+    order: Literal["random", "difficulty", "overlap", "dependency"] | list[list[str]] = "random"
+    """Order of the groups. `random`: shuffled by the seed (the paper). `difficulty`: easy first, by the probes'
+    training loss. `overlap`: least overlap with the others first. `dependency`: helpers first, by `helps`. Or the
+    groups themselves, in order, in place of those that the overlaps give."""
+    helps: Literal["measured"] | list[tuple[str, str]] | None = None
+    """For `dependency`: pairs `[a, b]`, task a helps task b; or `measured`, a pair wherever the probe of a lowers the
+    loss on training rows of b, and by more than the probe of b does for a."""
+
+    @model_validator(mode="after")
+    def _agree(self):
+        if (self.order == "dependency") != (self.helps is not None):
+            raise ValueError("order 'dependency' and 'helps' go together: give both or neither")
+        return self
 
 
 @dataclass(config=STRICT)
 class Fusion:
     """Stage 3: cores transplanted, the rest interpolated."""
 
-    start: Literal["multi_stage", "last_probe", "pretrained"] = "multi_stage"
-    """theta_base: the end of a plain fine-tuning over the groups in their order (the paper), the probe of the last
-    task of the last group, or the parameters before any training."""
+    start: str = "multi_stage"
+    """theta_base: `multi_stage`, the end of a plain fine-tuning over the groups in their order (the paper);
+    `last_probe`, that of the last task of the last group; `pretrained`, the parameters before any training; or a
+    folder with such parameters."""
+    start_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """The start's own weight in the interpolation; 0 forgets it outside the cores."""
     conflict: Literal["largest_update", "last", "mean"] = "largest_update"
     """What a coordinate in several cores takes."""
     space: Literal["weights", "delta"] = "weights"
     """Interpolate the weights (the paper), or their differences from the start of training."""
     omega: Annotated[float, Field(ge=0, le=1)] | None = None
-    """A fixed factor for every task; by default all tasks and the start count alike."""
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """A fixed factor for every task; by default all tasks and the start count by their weights."""
+    training: Settings = dataclasses.field(default_factory=dict)
     """Fields of TRL's SFTConfig for `start: multi_stage`, over the recipe's own `training`."""
 
 
@@ -148,34 +168,86 @@ class Fusion:
 class Integration:
     """Stage 4: fine-tuning of the fused model under frozen cores."""
 
-    schedule: Literal["staged", "mixed"] = "staged"
-    """Group by group with the cores of earlier groups frozen (the paper), or all at once with every core frozen."""
+    schedule: Literal["staged", "mixed", "none"] = "staged"
+    """`staged`: group by group with the cores of earlier groups frozen (the paper). `mixed`: all at once with every
+    core frozen. `none`: the fused model is the result."""
     calibration_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of the smallest task's training rows that is drawn from every task."""
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dynamic_regions: bool = False
+    """Find after each stage what the stage itself moved most, `core.percent` of all coordinates, and freeze that as
+    well in later stages."""
+    training: Settings = dataclasses.field(default_factory=dict)
     """Fields of TRL's SFTConfig, over the recipe's own `training`."""
+
+    @model_validator(mode="after")
+    def _agree(self):
+        if self.dynamic_regions and self.schedule != "staged":
+            raise ValueError("'dynamic_regions' are for later stages: they need schedule 'staged'")
+        return self
+
+
+@dataclass(config=STRICT)
+class Baselines:
+    """Ordinary fine-tunings to compare with, each for as many tokens as all stages of the method together."""
+
+    multi_task: bool = True
+    """All tasks mixed."""
+    random_stages: Count | None = None
+    """Tasks dealt into this many stages by the seed, trained one after another (the paper's K = 3)."""
+    heuristic_stages: list[list[str]] | None = None
+    """Stages as you would choose them, trained one after another."""
+    merge: list[Literal["linear", "ties", "dare_linear", "dare_ties"]] = dataclasses.field(default_factory=list)
+    """The probes merged in other ways, without training."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of each task's changes that `ties` and `dare_*` keep."""
+    training: Settings = dataclasses.field(default_factory=dict)
+    """Fields of TRL's SFTConfig, over the recipe's own `training`."""
+
+
+@dataclass(config=STRICT)
+class LmEval:
+    """Tasks of lm-evaluation-harness, which needs `pip install 'peft-cpift[lm-eval]'`."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """Names of its tasks, such as `arc_easy`."""
+    limit: Count | None = None
+    """Rows of each task; all by default."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples in the prompt; each task's own number by default."""
+    include_path: Path | None = None
+    """A folder with tasks of your own. It can name Python functions, so use only what you trust."""
 
 
 @dataclass(config=STRICT)
 class Evaluation:
     """How every model is scored on every task."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Count = 16
     """Rows at once."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Tokens of prompt and completion beyond which the loss is not taken."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    """Longest generation, for `exact_match`."""
+    max_new_tokens: Count = 64
+    """Longest generation, for `exact_match` and `codebleu`."""
+    lm_eval: LmEval | None = None
+    """Score the base model, the result and the baselines on tasks of lm-evaluation-harness too."""
 
 
 @dataclass(config=STRICT)
 class Report:
-    """What is reported beside the method itself."""
+    """What is reported beside the tables."""
 
-    baseline: bool = True
-    """Also train on all tasks mixed, for as many tokens as the whole method saw."""
     picture: bool = True
-    """Draw the picture; needs matplotlib."""
+    """Draw the picture for pages that show no HTML; needs matplotlib."""
+
+
+@dataclass(config=STRICT)
+class Push:
+    """Where the result goes on the Hub when the run is done."""
+
+    repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    """As `user/name`; made if it does not exist."""
+    private: bool = False
+    """Make a new repository a private one."""
 
 
 @dataclass(config=STRICT)
@@ -185,31 +257,38 @@ class Recipe:
     model: str
     """A causal language model: a folder, or a name on the Hub."""
     output: Path
-    """The run's folder; must not exist, or be empty."""
+    """The run's folder. The same command started again goes on where an earlier one stopped."""
     tasks: dict[Name, Task]
     """Two or more tasks by name."""
-    data: Path | None = None
-    """A folder with `<task>_train.jsonl` and `<task>_test.jsonl`, rows with `prompt` and `completion`; by default each
-    task's data comes from the Hub."""
-    prompt: Template = "{{ prompt }}"
-    """How a task's prompt is put to the model, for instance `"Question: {{ prompt }}\\nAnswer:\\n"`."""
+    revision: str | None = None
+    """The model's branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """In which the model is loaded; `auto` is as it was saved."""
     trust_remote_code: bool = False
     """Whether the model may bring Python code of its own."""
+    data: Path | None = None
+    """A folder with `<task>_train.jsonl` and `<task>_test.jsonl`, rows with `prompt` and `completion`, in place of the
+    tasks' own sources and columns."""
+    prompt: Template = "{{ prompt }}"
+    """How every task's prompt is put to the model, for instance `"Question: {{ prompt }}\\nAnswer:\\n"`."""
+    chat_template: str | None = None
+    """`model`, the one that comes with the model's tokenizer, or a Jinja file. Prompts become a user's message and
+    completions the answer. Without it texts are used as they are."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of sampling, shuffling and training."""
-    tuner: Literal["full"] | dict[str, Any] = dataclasses.field(default_factory=lambda: {"peft_type": "PROPULSION"})
+    tuner: Literal["full"] | Settings = dataclasses.field(default_factory=lambda: {"peft_type": "PROPULSION"})
     """`full`, or a PEFT configuration by its `peft_type` and fields."""
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: Settings = dataclasses.field(default_factory=dict)
     """Fields of TRL's SFTConfig for every training of the run; each stage's own go over them."""
     probe: Probe = dataclasses.field(default_factory=Probe)
     core: Core = dataclasses.field(default_factory=Core)
     grouping: Grouping = dataclasses.field(default_factory=Grouping)
     fusion: Fusion = dataclasses.field(default_factory=Fusion)
     integration: Integration = dataclasses.field(default_factory=Integration)
+    baselines: Baselines = dataclasses.field(default_factory=Baselines)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     report: Report = dataclasses.field(default_factory=Report)
+    push: Push | None = None
 
     @field_validator("tasks")
     @classmethod
@@ -221,103 +300,35 @@ class Recipe:
     @model_validator(mode="after")
     def _agree(self):
         for name, task in self.tasks.items():
-            if self.data is None and task.hub is None:
-                raise ValueError(f"task '{name}' has no data: give tasks.{name}.hub, or data, a folder of JSON lines")
-        if isinstance(self.grouping.order, list):
-            listed = sorted(task for group in self.grouping.order for task in group)
-            if listed != sorted(self.tasks):
-                raise ValueError(f"grouping.order lists {listed}, but the tasks are {sorted(self.tasks)}")
-        if jinja2.meta.find_undeclared_variables(TEMPLATES.parse(self.prompt)) != {"prompt"}:
+            if self.data is None and task.hub is None and task.files is None:
+                raise ValueError(f"task '{name}' has no data: give tasks.{name}.hub or tasks.{name}.files")
+            if self.data is None and task.messages is not None and self.chat_template is None:
+                raise ValueError(
+                    f"task '{name}' has messages, which need a chat_template: set it to 'model' or to a Jinja file"
+                )
+        for key, stages in (
+            ("grouping.order", self.grouping.order),
+            ("baselines.heuristic_stages", self.baselines.heuristic_stages),
+        ):
+            if isinstance(stages, list):
+                listed = sorted(task for stage in stages for task in stage)
+                if listed != sorted(self.tasks):
+                    raise ValueError(f"{key} lists {listed}, but the tasks are {sorted(self.tasks)}: list each once")
+                if not all(stages):
+                    raise ValueError(f"{key} has an empty stage: remove it")
+        for pair in self.grouping.helps if isinstance(self.grouping.helps, list) else ():
+            odd = next((task for task in pair if task not in self.tasks), None)
+            if odd is not None:
+                raise ValueError(f"grouping.helps names '{odd}', but the tasks are {sorted(self.tasks)}")
+        if (self.baselines.random_stages or 1) > len(self.tasks):
+            raise ValueError(f"baselines.random_stages is more than the {len(self.tasks)} tasks: lower it")
+        if variables(self.prompt) != {"prompt"}:
             raise ValueError("'prompt' must contain {{ prompt }}, where the task's prompt goes, and no other variable")
+        weighted = next((name for name, task in self.tasks.items() if task.weight != 1), None)
+        if self.fusion.omega is not None and weighted is not None:
+            raise ValueError(f"fusion.omega fixes what tasks.{weighted}.weight would decide: give one of the two")
         return self
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, as written to YAML and JSON."""
         return TypeAdapter(Recipe).dump_python(self, mode="json")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which makes nothing but plain values, with two traps of YAML 1.1 taken away."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Refuse a key that is given twice, where YAML would keep the last in silence."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 takes a number as common as 5e-3 for a string, because it has no point.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
-)
-
-
-def read_recipe(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from YAML.
-
-    Args:
-        file: the recipe.
-        overrides: `key=value` each; the key's parts are joined by dots (`core.percent=0.5`), the value is YAML.
-
-    Raises:
-        CpiftError: the file cannot be read, or a key is unknown, missing, of the wrong kind or contradicts another;
-            the message names every such key by its path.
-    """
-    try:
-        tree = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CpiftError(f"cannot read recipe {file}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise CpiftError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise CpiftError(f"recipe {file} is not a mapping of keys to values: see recipes/ for examples")
-    for override in overrides:
-        _override(tree, override)
-    return parse_recipe(tree)
-
-
-def parse_recipe(tree: dict[str, Any]) -> Recipe:
-    """Check a recipe given as plain values; see `read_recipe`."""
-    try:
-        return TypeAdapter(Recipe).validate_python(tree)
-    except ValidationError as error:
-        raise CpiftError("; ".join(_explain(problem) for problem in error.errors())) from None
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    path, found, text = override.partition("=")
-    if not found or not path:
-        raise CpiftError(f"'{override}' is not of the form key=value, for instance core.percent=0.5")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise CpiftError(f"the value of '{path}' is not YAML: {' '.join(str(error).split())}") from error
-    *parents, last = path.split(".")
-    for key in parents:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise CpiftError(f"'{override}': '{key}' has no keys below it")
-    tree[last] = value
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    # pydantic also names the branch of a union, and marks a mapping's key, which are no part of the user's path.
-    path = [str(part) for part in problem["loc"] if not re.match(r"(literal|dict|list)\[|\[key\]", str(part))]
-    where = ".".join(path) or "recipe"
-    if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
-        near = difflib.get_close_matches(path[-1], _all_keys(), n=1)
-        return f"unknown key '{where}'" + (f": did you mean '{near[0]}'?" if near else ": remove it")
-    if problem["type"] in {"missing", "missing_argument"}:
-        return f"missing key '{where}'"
-    message = problem["msg"].removeprefix("Value error, ")
-    if where == "recipe" or problem["type"] == "value_error":
-        return message if where == "recipe" else f"'{where}': {message}"
-    return f"'{where}': {message}, got {reprlib.repr(problem['input'])}"
-
-
-def _all_keys() -> list[str]:
-    """Every key of every level, each once."""
-    sections = [Recipe, Task, HubData, Probe, Core, Grouping, Fusion, Integration, Evaluation, Report]
-    return sorted({field.name for section in sections for field in dataclasses.fields(section)})

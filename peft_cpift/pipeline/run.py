@@ -112,7 +112,7 @@ class _Run:
         final = self._integrate(groups, cores)
         shutil.copytree(final, self.folder / "final.part")
         (self.folder / "final.part").rename(self.folder / "final")
-        if self.recipe.report.baseline:
+        if self.recipe.baselines.multi_task:
             self._multi_task(start)
         return write_report(
             {

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from peft_cpift import CpiftError
 from peft_cpift.pipeline import data as rows
-from peft_cpift.pipeline.recipe import parse_recipe
+from peft_cpift.pipeline.reading import parse_recipe
 
 
 def test_rows_are_rendered_into_the_prompt_template(tree, task_folder):
@@ -39,8 +39,8 @@ def test_hub_data_is_named_split_and_rendered_by_its_columns(tree, monkeypatch):
 
     monkeypatch.setattr(rows, "load_dataset", load_dataset)
     hub = {"name": "org/set", "subset": "main", "train": "train[:90%]", "test": "validation"}
-    hub |= {"prompt": "{{ question }}", "completion": "{{ turns[0].text }}"}
-    tree |= {"data": None, "tasks": {"a": {"hub": hub}, "b": {"hub": hub}}}
+    task = {"hub": hub, "prompt": "{{ question }}", "completion": "{{ turns[0].text }}"}
+    tree |= {"data": None, "tasks": {"a": task, "b": task}}
     loaded = rows.load_tasks(parse_recipe(tree))
     assert asked[:2] == [("org/set", "main", "train[:90%]", None), ("org/set", "main", "validation", None)]
     assert loaded["a"].train[:] == {"prompt": ["1+1?"], "completion": ["2"]}
@@ -82,7 +82,7 @@ def test_limits_that_leave_no_completion_are_named(tree):
 )
 def test_templates_that_do_not_fit_their_rows_are_named(tree, monkeypatch, template, message):
     monkeypatch.setattr(rows, "load_dataset", lambda *a, **k: Dataset.from_list([{"prompt": "a", "completion": "b"}]))
-    tree |= {"data": None, "tasks": {name: {"hub": {"name": "x", "prompt": template}} for name in "ab"}}
+    tree |= {"data": None, "tasks": {name: {"hub": {"name": "x"}, "prompt": template} for name in "ab"}}
     with pytest.raises(CpiftError, match=message):
         rows.load_tasks(parse_recipe(tree))
 

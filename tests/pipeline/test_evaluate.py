@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_cpift import CpiftError
 from peft_cpift.pipeline.data import load_tasks
 from peft_cpift.pipeline.evaluate import Score, completion_losses, evaluate, generate, normalised_average
-from peft_cpift.pipeline.recipe import parse_recipe
+from peft_cpift.pipeline.reading import parse_recipe
 
 PROMPTS = ["1+2=", "abcdef-", "9"]
 COMPLETIONS = ["3", "ab", "0123"]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from peft_cpift import CpiftError
-from peft_cpift.pipeline.recipe import parse_recipe, read_recipe
+from peft_cpift.pipeline.reading import parse_recipe, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -68,7 +68,6 @@ def test_overrides_reach_any_depth_and_are_yaml(tmp_path):
         ({"tasks": {"a": None, "b": {}}}, "'tasks.a'"),
         ({"data": None}, "task 'a' has no data: give tasks.a.hub"),
         ({"tuner": "lora"}, "'tuner': Input should be 'full', got 'lora'"),
-        ({"fusion": {"start": "x"}}, "'fusion.start': Input should be 'multi_stage', 'last_probe' or 'pretrained'"),
         ({"grouping": {"order": [["a"]]}}, "grouping.order lists ['a'], but the tasks are ['a', 'b']"),
         ({"prompt": "{{ prompt"}, "'prompt': is not a Jinja template"),
         ({"prompt": "{{ prompt }}{{ foo }}"}, "and no other variable"),
@@ -77,11 +76,11 @@ def test_overrides_reach_any_depth_and_are_yaml(tmp_path):
         ({"prompt": "no place"}, "'prompt' must contain {{ prompt }}"),
         (
             {"tasks": {"a": {"metric": "choice"}, "b": {}}},
-            "'tasks.a': metric 'choice' and the list 'choices' go together",
+            "'tasks.a': metric 'choice' and 'choices' go together",
         ),
         (
             {"tasks": {"a": {"choices": ["x"]}, "b": {}}},
-            "'tasks.a': metric 'choice' and the list 'choices' go together",
+            "'tasks.a': metric 'choice' and 'choices' go together",
         ),
         ({"tasks": {"a": {"answer": "(x)"}, "b": {}}}, "'tasks.a': 'answer' is for metric 'exact_match' only"),
         ({"tasks": {"a": {"metric": "exact_match", "answer": "x"}, "b": {}}}, "'tasks.a': 'answer' has no group"),

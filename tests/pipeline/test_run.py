@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from peft_cpift import CoreRegion, CpiftError, fuse
 from peft_cpift.pipeline import run
-from peft_cpift.pipeline.recipe import parse_recipe
+from peft_cpift.pipeline.reading import parse_recipe
 from peft_cpift.pipeline.train import resolve_settings
 
 TUNERS = {
@@ -111,7 +111,7 @@ def test_folder_report_and_final_model(tree):
 
 
 def test_full_fine_tuning_ends_in_an_ordinary_model(tree):
-    tree |= {"tuner": "full", "report": {"picture": False, "baseline": False}}
+    tree |= {"tuner": "full", "report": {"picture": False}, "baselines": {"multi_task": False}}
     tree["fusion"] = {"start": "pretrained", "space": "delta"}
     folder = run(parse_recipe(tree)).parent
     assert not (folder / "multi_task").exists()
@@ -142,7 +142,7 @@ def test_same_recipe_same_bits(tree, tmp_path):
 
 
 def test_picture(tree):
-    folder = run(parse_recipe({**tree, "report": {"baseline": False}}))
+    folder = run(parse_recipe({**tree, "report": {}, "baselines": {"multi_task": False}}))
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "report.png" in (folder / "report.md").read_text()
 
@@ -212,7 +212,9 @@ def test_fusion_starts_and_settings_are_the_recipes(tree, tmp_path):
     ):
         tree |= {"output": str(tmp_path / str(number)), "fusion": settings, "grouping": {"order": order}}
         folder = run(
-            parse_recipe({**tree, "core": {"percent": 60.0}, "report": {"picture": False, "baseline": False}})
+            parse_recipe(
+                {**tree, "core": {"percent": 60.0}, "report": {"picture": False}, "baselines": {"multi_task": False}}
+            )
         ).parent
         base = {
             "multi_stage": folder / "multi_stage" / "02-sums+letters",
@@ -235,7 +237,8 @@ def test_fusion_starts_and_settings_are_the_recipes(tree, tmp_path):
 def test_multi_stage_goes_on_from_group_to_group(tree):
     tree |= {
         "grouping": {"order": [["larger"], ["sums"], ["letters"]]},
-        "report": {"picture": False, "baseline": False},
+        "report": {"picture": False},
+        "baselines": {"multi_task": False},
     }
     folder = run(parse_recipe(tree)).parent
     second = weights(folder / "multi_stage" / "02-sums")

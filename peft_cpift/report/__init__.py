@@ -1,1 +1,1 @@
-"""The report of a run: a page of tables and a picture."""
+"""The report of a run: pages of tables, heat maps and curves, a picture, and the same of several runs side by side."""

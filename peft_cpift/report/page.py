@@ -1,8 +1,37 @@
-"""The report as JSON and as a Markdown page."""
+"""The report of a run: `index.html`, `report.md`, `report.json` and, if asked for, `report.png`.
+
+All are made from one dictionary of plain values, which `report.json` holds and `read_report` reads back:
+
+    format      1
+    recipe      the recipe's plain values
+    versions    {package or machine: text}
+    settings    {stage: {field of SFTConfig: value}}
+    tasks       {task: {train_rows, test_rows, train_tokens}}
+    parameters  {total, trainable}: numbers of the model's parameters
+    tensors     {tensor: number of entries}: all that can be core
+    cores       {task: {size, total, tensors: {tensor: core coordinates in it}}}
+    jaccard     rows and columns in the order of `cores`
+    groups      [[task]], in the order trained
+    fusion      what `FusionReport.to_dict` gives; tasks are folded in the order of the groups
+    transfer    {helping task: {task: decrease of its loss in nats}}, or None
+    models      [{name, average: 0-10, scores: {task: {loss: nats, score: 0-1}},
+                  lm_eval: {its task: {metric: value}} or None,
+                  training: None or {steps, examples, tokens, loss, learning_rate, seconds, frozen,
+                                     peak_memory: bytes or None, processes,
+                                     logs: [{step, and loss, learning_rate, grad_norm, cpift/masked_grad_norm,
+                                             cpift/frozen_fraction where logged}]}}]
+    sequences   [{method, start: model, stages: [{model, tasks: [task]}]}]: models trained one from another
+    methods     [{method, model}]: the results that are compared; one of them is CPI-FT
+    warnings    [text]
+
+The model before any training is named `base`. Names and texts may come from users and are escaped wherever shown.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -12,7 +41,12 @@ import torch
 
 from peft_cpift.checkpoint import complete_file, complete_folder
 from peft_cpift.checkpoint.writer import write_json
+from peft_cpift.errors import CpiftError
+from peft_cpift.report import cores, forgetting, fusion, markdown, record, scores, training
+from peft_cpift.report.blocks import Section
+from peft_cpift.report.html import to_html
 
+FORMAT = 1
 PACKAGES = ("peft-cpift", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
@@ -26,112 +60,118 @@ def versions() -> dict[str, str]:
 
 def without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe as it may be shown to others: of each local path the last part only. Names on the Hub stay whole."""
-    local = {key: Path(recipe[key]).name for key in ("output", "data") if recipe[key] is not None}
+    fusion, evaluation = recipe.get("fusion", {}), recipe.get("evaluation", {})
+    shown = {key: _last(recipe[key]) for key in ("output", "data") if recipe.get(key) is not None}
     if Path(recipe["model"]).is_dir():
-        local["model"] = Path(recipe["model"]).name
-    return {**recipe, **local}
+        shown["model"] = _last(recipe["model"])
+    if recipe.get("chat_template"):
+        shown["chat_template"] = _last(recipe["chat_template"])
+    if "start" in fusion:
+        shown["fusion"] = {**fusion, "start": _last(fusion["start"])}
+    if (lm_eval := evaluation.get("lm_eval")) and lm_eval.get("include_path"):
+        named = {**lm_eval, "include_path": _last(lm_eval["include_path"])}
+        shown["evaluation"] = {**evaluation, "lm_eval": named}
+    shown["tasks"] = {
+        name: {**task, "files": {key: _last(file) for key, file in task["files"].items()}}
+        if task.get("files")
+        else task
+        for name, task in recipe["tasks"].items()
+    }
+    return {**recipe, **shown}
 
 
-def write_report(report: dict[str, Any], folder: Path, *, picture: bool) -> Path:
-    """Write `report.json`, `report.md` and, if asked for, `report.png` to `folder`; all of it or nothing.
+def write_report(report: dict[str, Any], folder: Path, *, picture: bool, overwrite: bool = False) -> Path:
+    """Write `index.html`, `report.md`, `report.json` and, if asked for, `report.png`; all of it or nothing.
 
     Args:
-        report: as gathered by the pipeline's `run`. Local paths in its recipe are shortened to their last part.
-        folder: must not exist.
+        report: of the form that this module describes. Local paths in its recipe are shortened to their last part, and
+            numbers that are not finite, such as the gradient's norm in a step that overflowed, become None.
+        folder: the folder to make.
         picture: draw the picture too, which needs matplotlib.
+        overwrite: replace an earlier report.
+
+    Raises:
+        CpiftError: `folder` exists and `overwrite` is false.
     """
-    report = {**report, "recipe": without_paths(report["recipe"])}
-    with complete_folder(folder) as temporary:
+    report = _finite({**report, "recipe": without_paths(report["recipe"])})
+    with complete_folder(folder, overwrite=overwrite) as temporary:
         write_json(temporary / "report.json", report)
         if picture:
             from peft_cpift.report.figures import draw  # deferred: matplotlib is optional
 
             draw(report, temporary / "report.png")
-        with complete_file(temporary / "report.md") as file:
-            file.write_text(page(report, picture=picture), encoding="utf-8")
+        for name, text in (("report.md", page(report, picture=picture)), ("index.html", html_page(report))):
+            with complete_file(temporary / name) as file:
+                file.write_text(text, encoding="utf-8")
     return folder
+
+
+def read_report(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read the report of a run.
+
+    Args:
+        folder: the run's folder, which holds `report/report.json`.
+
+    Raises:
+        CpiftError: there is no report, it is not JSON, or it is of another format.
+    """
+    file = Path(folder) / "report" / "report.json"
+    if not file.is_file():
+        raise CpiftError(f"{file} does not exist: name the folder of a run that is complete")
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CpiftError(f"{file} is not JSON ({error}): make the report again") from error
+    found = report.get("format") if isinstance(report, dict) else None
+    if found != FORMAT:
+        raise CpiftError(f"{file} is of format {found}, and this version reads format {FORMAT}: make the report again")
+    return report
 
 
 def page(report: dict[str, Any], *, picture: bool) -> str:
     """The report as Markdown."""
-    tasks = list(report["cores"])
-    recipe = report["recipe"]
-    tuner = recipe["tuner"] if isinstance(recipe["tuner"], str) else recipe["tuner"]["peft_type"]
-    parts = [
-        f"# CPI-FT on {recipe['model']}",
-        f"{len(tasks)} tasks, tuner `{tuner}`, core p = {recipe['core']['percent']:g} %, "
-        f"threshold {recipe['grouping']['threshold']:g}, seed {recipe['seed']}.",
-    ]
+    facts = "; ".join(f"{name} {value}" for name, value in record.facts(report)[1:])
+    text = markdown.to_markdown(
+        _title(report), [Section("", "", [f"{facts}.", scores.verdict(report)]), *_sections(report)]
+    )
     if picture:
-        parts.append("![Overlap of the cores, and scores after every stage](report.png)")
-    parts += [
-        "## Scores",
-        "Each task's score mapped to 0-10, on held-out rows, and their mean. Metrics: "
-        + ", ".join(f"{task} {_metric(recipe['tasks'][task])}" for task in tasks)
-        + ".",
-        score_table(report),
-        "## Held-out loss",
-        "Nats per token of the completion.",
-        _table(
-            ["model", *tasks],
-            [[m["name"], *(f"{m['scores'][t]['loss']:.3f}" for t in tasks)] for m in report["models"]],
-        ),
-        "## Cores and groups",
-        "Jaccard index of every two cores.",
-        _table(
-            ["", *tasks, "size"],
-            [
-                [task, *(f"{value:.3f}" for value in row), f"{core['size']} of {core['total']}"]
-                for (task, core), row in zip(report["cores"].items(), report["jaccard"], strict=True)
-            ],
-        ),
-        "Groups in the order trained: " + ", then ".join(" + ".join(group) for group in report["groups"]) + ".",
-        "Fusion: {core} coordinates transplanted, {conflicts} of them in several cores; {linear_folds} of {folds} "
-        "interpolations linear.".format(**report["fusion"]),
-        "## Training",
-        _table(
-            ["stage", "steps", "rows seen", "tokens seen", "learning rate", "loss", "frozen", "seconds"],
-            [_training_row(model) for model in report["models"] if model["training"]],
-        ),
-        "## Machine",
-        ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
-    ]
-    return "\n\n".join(parts) + "\n"
+        image = "![Overlap of the cores, and scores after every stage](report.png)"
+        text = text.replace("\n\n## ", f"\n\n{image}\n\n## ", 1)
+    return text
+
+
+def html_page(report: dict[str, Any]) -> str:
+    """The report as one self-contained HTML page."""
+    return to_html(
+        _title(report),
+        _sections(report),
+        facts=record.facts(report),
+        figures=scores.figures(report),
+        lead=scores.verdict(report),
+    )
 
 
 def score_table(report: dict[str, Any]) -> str:
     """The scores of every model on every task, 0-10, as a Markdown table."""
-    tasks = list(report["cores"])
-    return _table(
-        ["model", *tasks, "average"],
-        [
-            [m["name"], *(f"{10 * m['scores'][task]['score']:.2f}" for task in tasks), f"{m['average']:.2f}"]
-            for m in report["models"]
-        ],
-    )
+    return markdown.table(scores.score_table(report))
 
 
-def _training_row(model: dict[str, Any]) -> list[str]:
-    t = model["training"]
-    counts = [t["steps"], t["examples"], t["tokens"]]
-    return [
-        model["name"],
-        *map(str, counts),
-        f"{t['learning_rate']:g}",
-        f"{t['loss']:.3f}",
-        str(t["frozen"]),
-        f"{t['seconds']:.1f}",
-    ]
+def _title(report: dict[str, Any]) -> str:
+    return f"CPI-FT on {report['recipe']['model']}"
 
 
-def _metric(task: dict[str, Any]) -> str:
-    return {"loss": "exp(-loss)", "exact_match": "exact match", "choice": "likeliest choice"}[task["metric"]]
+def _sections(report: dict[str, Any]) -> list[Section]:
+    parts = [module.section(report) for module in (scores, forgetting, cores, fusion, training, record)]
+    return [record.warnings_section(report), *parts] if report["warnings"] else parts
 
 
-def _table(head: list[str], body: list[list[str]]) -> str:
-    """A Markdown table with padded columns, so that it also reads well as plain text."""
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    line = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
-    rule = line(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    pad = lambda row: [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]  # noqa: E731
-    return "\n".join([line(pad(head)), rule, *(line(pad(row)) for row in body)])
+def _last(path: str) -> str:
+    return Path(path).name
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,85 +1,112 @@
-"""Strategy: build the report of an imagined run by hand and read its tables back cell by cell."""
+"""Strategy: write the reports of imagined runs, read them back, and break their files."""
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 
 import pytest
 
-from peft_cpift.report.page import page, score_table, without_paths, write_report
-
-
-@pytest.fixture
-def report() -> dict:
-    def model(name: str, code: float, maths: float, training: dict | None = None) -> dict:
-        scores = {"code": {"loss": 1.5, "score": code}, "maths": {"loss": 0.25, "score": maths}}
-        return {"name": name, "average": 5 * (code + maths), "scores": scores, "training": training}
-
-    training = {"steps": 7, "examples": 28, "tokens": 345, "loss": 1.0, "learning_rate": 0.005, "seconds": 2.0}
-    return {
-        "recipe": {
-            "model": "org/tiny",
-            "output": "/home/me/runs/first",
-            "data": "/home/me/data",
-            "tuner": {"peft_type": "PROPULSION"},
-            "core": {"percent": 1.0},
-            "grouping": {"threshold": 0.1},
-            "seed": 3,
-            "tasks": {"code": {"metric": "loss"}, "maths": {"metric": "exact_match"}},
-        },
-        "versions": {"torch": "2.13.0"},
-        "cores": {"code": {"size": 5, "total": 500}, "maths": {"size": 4, "total": 500}},
-        "jaccard": [[1.0, 0.125], [0.125, 1.0]],
-        "groups": [["maths", "code"]],
-        "fusion": {"core": 8, "conflicts": 1, "linear_folds": 2, "folds": 6},
-        "models": [model("base", 0.1, 0.2), model("final", 0.5, 0.75, {**training, "frozen": 4})],
-    }
+from peft_cpift.errors import CpiftError
+from peft_cpift.report.page import page, read_report, score_table, without_paths, write_report
 
 
 def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def test_scores_are_on_the_scale_of_ten(report):
-    head, _, base, final = cells(score_table(report))
+def test_scores_for_the_terminal(report):
+    head, _, base, *_, final, _ = cells(score_table(report))
     assert head == ["model", "code", "maths", "average"]
     assert base == ["base", "1.00", "2.00", "1.50"]
-    assert final == ["final", "5.00", "7.50", "6.25"]
-
-
-def test_columns_of_a_table_line_up(report):
-    assert len({len(line) for line in score_table(report).splitlines()}) == 1
+    assert final == ["final", "5.00", "**7.50**", "**6.25**"]
 
 
 def test_page_says_what_was_run_and_found(report):
+    report["warnings"] = ["probe <maths>: nothing *moved*"]
     text = page(report, picture=True)
-    assert "2 tasks, tuner `PROPULSION`, core p = 1 %, threshold 0.1, seed 3." in text
-    assert "code exp(-loss), maths exact match" in text
-    assert "| maths | 0.125 | 1.000 | 4 of 500 |" in text
-    assert "Groups in the order trained: maths + code." in text
-    assert "8 coordinates transplanted, 1 of them in several cores; 2 of 6 interpolations linear." in text
-    head = ["stage", "steps", "rows seen", "tokens seen", "learning rate", "loss", "frozen", "seconds"]
-    assert head in cells(text)
-    assert ["final", "7", "28", "345", "0.005", "1.000", "4", "2.0"] in cells(text)
-    assert "report.png" in text
+    assert text.startswith(
+        "# CPI-FT on org/tiny\n\ntuner PROPULSION; tasks 2; p 1 %; τ 0.1; seed 3.\n\nCPI-FT ends at"
+    )
+    assert "## Warnings\n\nprobe &lt;maths&gt;: nothing \\*moved\\*\n\n## Scores" in text
+    for found in (
+        ["CPI-FT", "2", "-0.50", "+2.50"],
+        ["maths", "1.000", "0.125", "1", "4", "500"],
+        ["final", "7", "28", "1,655", "0.005", "1.000", "4", "2.0 s", "1.50 GB"],
+        ["torch", "2.13.0"],
+    ):
+        assert found in cells(text)
+    assert text.index("report.png") < text.index("## Warnings")
     assert "report.png" not in page(report, picture=False)
+    assert "## Warnings" not in page({**report, "warnings": []}, picture=False)
 
 
 def test_files_of_the_report(report, tmp_path):
-    folder = write_report(report, tmp_path / "report", picture=True)
-    assert {file.name for file in folder.iterdir()} == {"report.json", "report.md", "report.png"}
-    shown = json.loads((folder / "report.json").read_text())
+    folder = write_report(report, tmp_path / "run" / "report", picture=True)
+    assert {file.name for file in folder.iterdir()} == {"index.html", "report.json", "report.md", "report.png"}
+    shown = read_report(tmp_path / "run")
     assert shown.pop("recipe") == {**report["recipe"], "output": "first", "data": "data"}
     assert shown == {key: value for key, value in report.items() if key != "recipe"}
     folder = write_report(report, tmp_path / "plain", picture=False)
-    assert {file.name for file in folder.iterdir()} == {"report.json", "report.md"}
+    assert {file.name for file in folder.iterdir()} == {"index.html", "report.json", "report.md"}
 
 
-def test_a_local_model_is_shown_without_its_folder(report, tmp_path):
-    report["recipe"]["model"] = str(tmp_path)
-    shown = without_paths(report["recipe"])
+def test_a_report_made_again_is_the_same(large_report, tmp_path):
+    first = write_report(large_report, tmp_path / "report", picture=False)
+    kept = {file.name: file.read_bytes() for file in first.iterdir()}
+    with pytest.raises(CpiftError, match="exists"):
+        write_report(large_report, tmp_path / "report", picture=False)
+    again = write_report(read_report(tmp_path), tmp_path / "report", picture=False, overwrite=True)
+    assert {file.name: file.read_bytes() for file in again.iterdir()} == kept
+
+
+def test_numbers_that_are_not_finite_are_left_out(report, tmp_path):
+    logs = report["models"][3]["training"]["logs"]
+    logs[0] |= {"grad_norm": float("inf"), "loss": float("nan")}
+    folder = write_report(report, tmp_path / "report", picture=False)
+    assert (
+        read_report(tmp_path)["models"][3]["training"]["logs"][0] | {"grad_norm": None, "loss": None}
+        == (read_report(tmp_path)["models"][3]["training"]["logs"][0])
+    )
+    assert not re.search(r"\b(nan|inf)\b", (folder / "index.html").read_text(), re.IGNORECASE)
+    assert logs[0]["grad_norm"] == float("inf")  # what was given is left as it was
+
+
+def test_local_paths_are_shown_by_their_last_part(report, tmp_path):
+    recipe = report["recipe"]
+    recipe["model"] = str(tmp_path)
+    recipe["chat_template"] = "/home/me/chat.jinja"
+    recipe["fusion"] = {"start": "/home/me/start", "omega": None}
+    recipe["evaluation"] = {"batch_size": 4, "lm_eval": {"tasks": ["x"], "include_path": "/home/me/lm"}}
+    recipe["tasks"]["code"]["files"] = {"train": "/home/me/a.jsonl", "test": "b/c.jsonl"}
+    given = copy.deepcopy(recipe)
+    shown = without_paths(recipe)
+    assert "/" not in json.dumps(shown)
     assert shown["model"] == tmp_path.name
-    assert "/" not in shown["output"] + shown["data"]
+    assert shown["tasks"]["code"] == {"metric": "loss", "files": {"train": "a.jsonl", "test": "c.jsonl"}}
+    assert shown["evaluation"] == {"batch_size": 4, "lm_eval": {"tasks": ["x"], "include_path": "lm"}}
+    assert shown["fusion"] == {"start": "start", "omega": None}
+    assert recipe == given
+    assert without_paths({**recipe, "model": "org/tiny"})["model"] == "org/tiny"
+    assert without_paths({**recipe, "data": None})["data"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"report.json is not JSON \(.*\): make the report again"),
+        ("[]", "is of format None, and this version reads format 1"),
+        ('{"format": 2}', "is of format 2, and this version reads format 1"),
+    ],
+)
+def test_a_report_that_cannot_be_read(content, message, tmp_path):
+    with pytest.raises(CpiftError, match=r"report/report.json does not exist: name the folder of a run"):
+        read_report(tmp_path)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(content)
+    with pytest.raises(CpiftError, match=message):
+        read_report(tmp_path)
 
 
 def test_half_a_report_is_not_left_behind(report, tmp_path):

@@ -1,6 +1,6 @@
 """Core regions: which coordinates a task moved most, how the regions of tasks overlap, and in which order to train."""
 
-from peft_cpift.core.order import order_groups
+from peft_cpift.core.order import measured_helps, order_groups
 from peft_cpift.core.overlap import Overlap, group_tasks, jaccard_index, jaccard_matrix, measure_overlap
 from peft_cpift.core.region import CoreRegion, load_regions
 from peft_cpift.core.search import CoreSearch, find_core_region
@@ -15,5 +15,6 @@ __all__ = [
     "jaccard_matrix",
     "load_regions",
     "measure_overlap",
+    "measured_helps",
     "order_groups",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,6 +23,10 @@ from peft_cpift.errors import CpiftError
 FORMAT = "cpift-core-region"
 FORMAT_VERSION = 2
 SCOPES = ("global", "tensor")
+FOLDER = "cores"
+"""Where a run and its repository on the Hub hold the regions, as `<task>.safetensors`."""
+TASK = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""The form of a task's name, which leads to no other folder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +145,44 @@ class CoreRegion:
             raise CpiftError(f"{file} is damaged: {str(error)[:300]}") from error
         return region
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        repository_or_folder: str | os.PathLike,
+        task: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> CoreRegion:
+        """Open a task's region in a run's folder, or in the repository on the Hub that the run was pushed to.
+
+        Args:
+            repository_or_folder: a folder that has `cores/<task>.safetensors`, or a repository as `user/name`. A
+                folder comes first.
+            task: the task's name in the run.
+            revision: a repository's branch, tag or commit.
+            token: as in `from_pretrained` of other libraries; by default the one that you are logged in with.
+
+        Raises:
+            CpiftError: the task's name is not one, the folder or repository has no such region (it lists those that
+                it has), the Hub refuses or is not to be reached, or the file is damaged.
+
+        Example:
+            >>> import tempfile
+            >>> folder = tempfile.mkdtemp()
+            >>> CoreRegion({"w": torch.tensor([3])}, {"w": (2, 2)}).save(f"{folder}/cores/maths.safetensors")
+            >>> len(CoreRegion.from_pretrained(folder, "maths"))
+            1
+        """
+        if not re.fullmatch(TASK, task):
+            raise CpiftError(f"{task!r} is no name of a task: letters, digits, '.', '_' and '-' make one")
+        folder, name = Path(repository_or_folder), f"{FOLDER}/{task}.safetensors"
+        if not folder.is_dir():
+            return cls.load(_download(os.fspath(repository_or_folder), task, name, revision, token))
+        if not (folder / name).is_file():
+            raise _no_region(folder, task, (f"{FOLDER}/{file.name}" for file in folder.glob(f"{FOLDER}/*")))
+        return cls.load(folder / name)
+
 
 def check_free_region(file: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Raise CpiftError if there is something at `file`, unless it is a core region that may be overwritten."""
@@ -191,3 +234,36 @@ def _size(value: object) -> int:
     if type(value) is not int or not 0 <= value <= MAX_SIZE:
         raise ValueError("a shape has numbers that are not sizes")
     return value
+
+
+def _download(repository: str, task: str, name: str, revision: str | None, token: str | bool | None) -> str:
+    """The local copy of a region in a repository."""
+    from huggingface_hub import HfApi  # deferred: nothing else in this part needs the Hub
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    hub = HfApi(token=token)
+    try:
+        try:
+            return hub.hf_hub_download(repository, name, revision=revision)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise _no_region(repository, task, hub.list_repo_files(repository, revision=revision)) from error
+    except (HTTPError, LocalEntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
+        raise CpiftError(
+            f"cannot read {name} of {repository}, which is no folder ({' '.join(str(error).split())}): check the name "
+            "and the connection, and log in with `hf auth login` if the repository is private"
+        ) from error
+
+
+def _no_region(where: str | Path, task: str, files: Iterable[str]) -> CpiftError:
+    found = (re.fullmatch(rf"{FOLDER}/({TASK})\.safetensors", file) for file in files)
+    tasks = sorted(match.group(1) for match in found if match)
+    there = f"it has {', '.join(tasks)}" if tasks else "it has none: give a run's folder or what `cpift push` made"
+    return CpiftError(f"{where} has no core region of a task '{task}': {there}")

@@ -605,3 +605,41 @@ def test_shapes_of_many_digits_are_not_multiplied(tmp_path):
     file = write_region(tmp_path / "core.safetensors", shapes=shapes)
     with pytest.raises(CpiftError, match="damaged: a shape has numbers that are not sizes"):
         CoreRegion.load(file)
+
+
+# A run's folder
+
+
+def test_a_region_is_found_in_a_folder_by_its_task(tmp_path):
+    for number, task in enumerate(("maths", "v1.2_a-b"), 1):
+        make({"w": [number]}, {"w": (2, 3)}, percent=50.0).save(tmp_path / "cores" / f"{task}.safetensors")
+    for folder in (tmp_path, str(tmp_path)):
+        assert as_lists(CoreRegion.from_pretrained(folder, "maths")) == {"w": [1]}
+        assert as_lists(CoreRegion.from_pretrained(folder, "v1.2_a-b")) == {"w": [2]}
+
+
+def test_an_unknown_task_is_told_which_there_are(tmp_path):
+    for name in ("b", "a"):
+        make({"w": [0]}, {"w": (2, 3)}).save(tmp_path / "cores" / f"{name}.safetensors")
+    for name in (".a.safetensors.7.part", ".a.safetensors", "notes.txt"):
+        (tmp_path / "cores" / name).touch()
+    with pytest.raises(CpiftError, match=r"has no core region of a task 'c': it has a, b$"):
+        CoreRegion.from_pretrained(tmp_path, "c")
+    with pytest.raises(CpiftError, match="has no core region of a task 'a': it has none: give a run's folder"):
+        CoreRegion.from_pretrained(tmp_path / "cores", "a")
+
+
+@pytest.mark.parametrize("task", ["../secret", "/secret", "..", "", ".a", "a/b", "a\n", "a*"])
+def test_a_tasks_name_leads_nowhere_else(tmp_path, task):
+    make({"w": [0]}, {"w": (2, 3)}).save(tmp_path / "secret.safetensors")
+    for place in (tmp_path, "me/name"):
+        with pytest.raises(CpiftError, match="is no name of a task"):
+            CoreRegion.from_pretrained(place, task)
+
+
+def test_a_repository_that_cannot_be_reached_is_an_error_of_one_line():
+    for name in ("me/name", "../name", "no folder"):  # the tests' process is offline
+        with pytest.raises(
+            CpiftError, match=r"^cannot read cores/a.safetensors of .*, which is no folder \(.*\): check"
+        ):
+            CoreRegion.from_pretrained(name, "a")

@@ -1,0 +1,223 @@
+"""The model card of a run: what was trained on what, how well it does, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+METRICS = {
+    "exact_match": ("exact_match", "exact match"),
+    "choice": ("accuracy", "likeliest choice"),
+    "codebleu": ("codebleu", "CodeBLEU"),
+}
+"""A recipe's metric -> the Hub's id of it, and a reader's name. `loss` has no id of its own beside the loss itself."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about."""
+
+    repository: str
+    """As `user/name`."""
+    report: Mapping[str, Any]
+    """What `report.json` holds."""
+    peft_type: str | None
+    """The adapter's method, such as `PROPULSION`; None for a whole model."""
+    base: str | None
+    """The base model's name on the Hub, if it is there."""
+    datasets: frozenset[str] = frozenset()
+    """Names of data sets that are on the Hub."""
+    picture: str | None = None
+    """The picture's path in the repository."""
+
+
+def model_card(subject: Subject) -> ModelCard:
+    """The card, with the scores as the Hub's `model-index` in its front matter.
+
+    Scores are those of the run's own result; none is marked as verified. Where a task is scored by `loss`, its
+    held-out loss is given, in nats per token, not the probability that the report makes of it.
+
+    Source: ours.
+    """
+    report, recipe = subject.report, subject.report["recipe"]
+    tasks = list(report["cores"])
+    data = ModelCardData(
+        model_name=subject.repository.split("/")[-1],
+        base_model=subject.base,
+        base_model_relation=subject.base and ("adapter" if subject.peft_type else "finetune"),
+        library_name="peft" if subject.peft_type else "transformers",
+        pipeline_tag="text-generation",
+        tags=_tags(subject.peft_type),
+        datasets=_datasets(subject) or None,
+        eval_results=[result for task in tasks for result in _results(subject, task)],
+    )
+    base = f"`{subject.base or recipe['model']}`"
+    what = (
+        f"{_tuner(subject.peft_type)} for {base}, trained" if subject.peft_type else f"{base}, fine-tuned as a whole"
+    )
+    picture = f"\n![Overlap of the cores, and scores]({subject.picture})\n" if subject.picture else ""
+    text = f"""# {data.model_name}
+
+{what} on {len(tasks)} tasks: {", ".join(f"`{task}`" for task in tasks)}. Made with CPI-FT, core parameter isolation,
+by the package `peft-cpift`.
+
+## How to load it
+
+    pip install peft-cpift
+
+```python
+{_snippet(subject)}
+```
+
+## Scores
+
+On held-out rows, from 0 to 10. This repository holds the run's `{result_name(report)}`.
+
+{_scores(report)}
+{picture}
+The whole report is `report/index.html`, its numbers `report/report.json`.
+
+## Method
+
+CPI-FT ([arXiv 2508.21741](https://arxiv.org/abs/2508.21741)) fine-tunes on each task alone, and calls the coordinates
+that moved most the task's core. Tasks whose cores overlap form a group. Cores are transplanted into one model, all
+else is interpolated spherically, and the groups are trained one after another while earlier cores are frozen.
+Propulsion ([arXiv 2409.10927](https://arxiv.org/abs/2409.10927)) multiplies the outputs of frozen layers by trained
+vectors, `y * z**k`{"; this adapter is one" if subject.peft_type == "PROPULSION" else ", and was not used here"}.
+
+## Settings
+
+{_settings(subject)}
+
+`recipe.yaml` has them all. Versions: {", ".join(f"{name} {version}" for name, version in report["versions"].items())}.
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def result_name(report: Mapping[str, Any]) -> str:
+    """The name of the model in the report that the method ended with."""
+    return next(entry["model"] for entry in report["methods"] if entry["method"] == "CPI-FT")
+
+
+def _tuner(peft_type: str | None) -> str:
+    """How the adapter is called in a sentence."""
+    return "A Propulsion adapter" if peft_type == "PROPULSION" else f"An adapter ({peft_type})"
+
+
+def _tags(peft_type: str | None) -> list[str]:
+    tags = ["cpi-ft", "peft-cpift", "trl"]
+    if peft_type:
+        tags.insert(0, "peft")
+    if peft_type == "PROPULSION":
+        tags.insert(1, "propulsion")
+    return tags
+
+
+def _datasets(subject: Subject) -> list[str]:
+    return sorted({source["name"] for task in subject.report["cores"] if (source := _source(subject, task))})
+
+
+def _source(subject: Subject, task: str) -> dict[str, Any] | None:
+    """Where a task's rows are on the Hub, if they are there."""
+    recipe = subject.report["recipe"]
+    source = recipe["tasks"][task].get("hub")
+    if recipe.get("data") is not None or source is None or source["name"] not in subject.datasets:
+        return None
+    return source
+
+
+def _results(subject: Subject, task: str) -> list[EvalResult]:
+    report = subject.report
+    scores = _models(report)[result_name(report)]["scores"][task]
+    source = _source(subject, task)
+    measured = [("loss", "held-out loss in nats per token", scores["loss"])]
+    if (metric := report["recipe"]["tasks"][task]["metric"]) in METRICS:
+        measured.insert(0, (*METRICS[metric], scores["score"]))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name=task,
+            dataset_type=source["name"] if source else task,
+            dataset_name=source["name"] if source else task,
+            dataset_config=source and source.get("subset"),
+            dataset_split=source and source.get("test"),
+            dataset_revision=source and source.get("revision"),
+            metric_type=kind,
+            metric_name=f"{task}: {name}",  # the Hub joins what tasks of one data set have
+            metric_value=value,
+            verified=False,
+        )
+        for kind, name, value in measured
+    ]
+
+
+def _models(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {model["name"]: model for model in report["models"]}
+
+
+def _scores(report: Mapping[str, Any]) -> str:
+    """A row for the base model and for each method."""
+    tasks, models = list(report["cores"]), _models(report)
+    metrics = {task: report["recipe"]["tasks"][task]["metric"] for task in tasks}
+    heads = [f"{task} ({METRICS[kind][1] if kind in METRICS else 'exp(-loss)'})" for task, kind in metrics.items()]
+    rows = [("base model", "base"), *((entry["method"], entry["model"]) for entry in report["methods"])]
+    lines = [["method", "model of the run", *heads, "average"], ["---", "---", *["---:"] * (len(tasks) + 1)]]
+    for method, name in rows:
+        scores = models[name]["scores"]
+        cells = [f"{10 * scores[task]['score']:.2f}" for task in tasks]
+        lines.append([method, name, *cells, f"{models[name]['average']:.2f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _settings(subject: Subject) -> str:
+    report, recipe = subject.report, subject.report["recipe"]
+    order = recipe["grouping"]["order"]
+    rates = {stage: settings["learning_rate"] for stage, settings in report["settings"].items()}
+    sizes = {task: core["size"] for task, core in report["cores"].items()}
+    rows = {
+        "tuner": subject.peft_type or "full",
+        "core, p": f"{recipe['core']['percent']:g}% ({recipe['core']['scope']})",
+        "core coordinates": ", ".join(f"{task} {size:,}" for task, size in sizes.items()),
+        "grouping, tau": f"{recipe['grouping']['threshold']:g}",
+        "order of groups": order if isinstance(order, str) else "as given",
+        "groups": ", then ".join(" + ".join(group) for group in report["groups"]),
+        "fusion starts from": recipe["fusion"]["start"],
+        "integration": recipe["integration"]["schedule"],
+        "learning rates": ", ".join(f"{stage} {rate:g}" for stage, rate in rates.items()),
+        "seed": str(recipe["seed"]),
+    }
+    return "\n".join(
+        ["| setting | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
+    )
+
+
+def _snippet(subject: Subject) -> str:
+    recipe, name = subject.report["recipe"], f'"{subject.repository}"'
+    task = next(iter(subject.report["cores"]))
+    trust = ", trust_remote_code=True" if recipe.get("trust_remote_code") else ""
+    lines = ["import peft_cpift"]
+    if subject.peft_type:
+        given = {"revision": recipe.get("revision"), "dtype": recipe.get("dtype")}
+        how = "".join(f', {key}="{value}"' for key, value in given.items() if value not in (None, "auto")) + trust
+        lines[0] += "  # registers PROPULSION with PEFT" if subject.peft_type == "PROPULSION" else ""
+        lines += [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'base = AutoModelForCausalLM.from_pretrained("{subject.base}"{how})',
+            f"model = PeftModel.from_pretrained(base, {name})",
+        ]
+    else:
+        lines += [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({name}{trust})",
+        ]
+    lines += [
+        f"tokenizer = AutoTokenizer.from_pretrained({name}{trust})",
+        f'core = peft_cpift.CoreRegion.from_pretrained({name}, "{task}")  # the coordinates that this task moved most',
+    ]
+    return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from peft_cpift.pipeline.templates import Template, variables
+from peft_cpift.recipe.templates import Template, variables
 
 # The text under a field is its description, for whoever reads the tree by its schema.
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -37,7 +37,8 @@ class HubData:
 
 @dataclass(config=STRICT)
 class Files:
-    """Local files: JSON lines, JSON, CSV or Parquet, by their suffix."""
+    """Local files by their suffix: JSON lines (`.jsonl`), JSON (`.json`), CSV with a header, whose values are all text
+    (`.csv`), or Parquet (`.parquet`). Relative paths start at the working directory."""
 
     train: Path
     """Rows to train on."""
@@ -59,9 +60,10 @@ class Task:
     """The completion, likewise, such as `{{ "ABCD"[label] }}`; by default `{{ completion }}`."""
     messages: str | None = None
     """Instead of the two: the column that holds a conversation. Its last answer is the completion, and what comes
-    before it the prompt, both through `chat_template`."""
+    before it the prompt, both through `chat_template`; later turns are left out."""
     text: Template | None = None
-    """Or: plain text without a prompt, such as `{{ text }}`."""
+    """Or: plain text without a prompt, such as `{{ text }}`; neither the recipe's `prompt` nor its `chat_template` is
+    put around it."""
     train_samples: Count | None = None
     """Rows to train on, drawn by the seed; all by default."""
     test_samples: Count | None = None
@@ -71,7 +73,7 @@ class Task:
     metric: Literal["loss", "exact_match", "choice", "codebleu"] = "loss"
     """`loss`: exp(-mean loss per token of the held-out completions), a probability. `exact_match`: share of greedy
     generations that equal the completion. `choice`: share of rows whose completion is the likeliest of `choices`.
-    `codebleu`: mean CodeBLEU of greedy generations, which needs `pip install 'peft-cpift[code]'`."""
+    `codebleu`: CodeBLEU of greedy generations, all rows together, which needs `pip install 'peft-cpift[code]'`."""
     answer: str | None = None
     """For `exact_match`: a regular expression whose first group is the answer, last match counting."""
     choices: list[str] | None = None
@@ -247,7 +249,12 @@ class Push:
     repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
     """As `user/name`; made if it does not exist."""
     private: bool = False
-    """Make a new repository a private one."""
+    """Make a new repository a private one; one that is there and public is refused."""
+    base_model: str | None = None
+    """For an adapter whose `model` is a local folder: the name on the Hub of the model that it is for."""
+
+
+SECTIONS = ("probe", "core", "grouping", "fusion", "integration", "baselines", "evaluation", "report")
 
 
 @dataclass(config=STRICT)
@@ -268,12 +275,14 @@ class Recipe:
     """Whether the model may bring Python code of its own."""
     data: Path | None = None
     """A folder with `<task>_train.jsonl` and `<task>_test.jsonl`, rows with `prompt` and `completion`, in place of the
-    tasks' own sources and columns."""
+    tasks' own sources and columns; a task of plain `text` takes them as one."""
     prompt: Template = "{{ prompt }}"
-    """How every task's prompt is put to the model, for instance `"Question: {{ prompt }}\\nAnswer:\\n"`."""
+    """How every task's prompt is put to the model, for instance `"Question: {{ prompt }}\\nAnswer:\\n"`; not for
+    `messages` and `text`."""
     chat_template: str | None = None
     """`model`, the one that comes with the model's tokenizer, or a Jinja file. Prompts become a user's message and
-    completions the answer. Without it texts are used as they are."""
+    completions the answer. Without it texts are used as they are. What the template puts before an answer, such as an
+    empty block of thoughts, counts as the prompt, and dates are fixed."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of sampling, shuffling and training."""
     tuner: Literal["full"] | Settings = dataclasses.field(default_factory=lambda: {"peft_type": "PROPULSION"})
@@ -289,6 +298,11 @@ class Recipe:
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     report: Report = dataclasses.field(default_factory=Report)
     push: Push | None = None
+
+    @field_validator(*SECTIONS, mode="before")
+    @classmethod
+    def _filled(cls, section: object) -> object:
+        return {} if section is None else section  # as a section is in YAML whose keys are all commented out
 
     @field_validator("tasks")
     @classmethod

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from peft_cpift import CpiftError
-from peft_cpift.pipeline.reading import parse_recipe, read_recipe
+from peft_cpift.recipe.reading import parse_recipe, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

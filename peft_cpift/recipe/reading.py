@@ -16,7 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from peft_cpift.errors import CpiftError
-from peft_cpift.pipeline.recipe import Recipe
+from peft_cpift.recipe.tree import Recipe
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,0 +1,1 @@
+"""The tasks' rows: where they come from, and how they become prompts and completions."""

@@ -8,275 +8,292 @@ RUN/groups.json              stage 2: overlaps, groups and their order
 RUN/multi_stage/NN-<group>/  stage 3: plain fine-tuning over the groups, the fusion's start
 RUN/fused/                   stage 3: the fused parameters
 RUN/stages/NN-<group>/       stage 4: fine-tuned group by group, earlier cores frozen
+RUN/regions/NN.safetensors   stage 4: what a stage moved most, where that is frozen too
 RUN/final/                   the result
-RUN/multi_task/              for comparison: all tasks mixed, as many tokens
-RUN/report/                  report.md, report.json, report.png
+RUN/baselines/               for comparison, as many tokens each
+RUN/report/                  index.html, report.md, report.json, report.png
+RUN/steps/                   a note for each of these, written last: what is done
+RUN/checkpoints/             the Trainer's, of a training that is not done
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-import math
 import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from datasets import Dataset
-from trl import SFTConfig
+from huggingface_hub import get_token
 
 from peft_cpift.checkpoint import complete_file
-from peft_cpift.checkpoint.writer import write_json
-from peft_cpift.core import CoreRegion, find_core_region, group_tasks, jaccard_matrix, order_groups
+from peft_cpift.checkpoint.writer import remove_leftovers
+from peft_cpift.data import tasks as rows
 from peft_cpift.errors import CpiftError
-from peft_cpift.fusion import fuse
-from peft_cpift.pipeline import data as rows
-from peft_cpift.pipeline.evaluate import evaluate, normalised_average
-from peft_cpift.pipeline.recipe import Recipe
-from peft_cpift.pipeline.train import (
-    Training,
-    load_model,
-    load_tokenizer,
-    make_start,
-    resolve_settings,
-    resolve_tuner,
-    train,
-)
-from peft_cpift.report.page import versions, write_report
+from peft_cpift.evaluation.evaluate import check_metrics
+from peft_cpift.evaluation.harness import check_harness
+from peft_cpift.pipeline import plan
+from peft_cpift.pipeline.failures import explained
+from peft_cpift.pipeline.make import Maker
+from peft_cpift.pipeline.models import load_tokenizer
+from peft_cpift.pipeline.plan import Stage, core_file
+from peft_cpift.pipeline.settings import WITHOUT_EFFECT, resolve_all, resolve_tuner
+from peft_cpift.pipeline.steps import Step, Steps
+from peft_cpift.processes import on_main, say
+from peft_cpift.recipe.tree import Recipe
+
+STAGES = ("probe", "core", "group", "fuse", "integrate", "baselines", "report")
+"""The stages of the command line, in order."""
 
 
-def run(recipe: Recipe) -> Path:
-    """Run the whole method and write its folder, `recipe.output`.
+def run(recipe: Recipe, *, stop_after: str | None = None, begin: str | None = None, redo: bool = False) -> Path:
+    """Do what a recipe says, or what is left of it, in its folder, `recipe.output`.
 
-    Everything that can be checked is checked before a model is loaded: settings, data, the tokenizer, the output.
+    Everything that can be checked is checked before a model is loaded: settings, data, the tokenizer, the output, and
+    whether what is done there was made as the recipe says. All processes of a distributed run call this together.
+
+    Args:
+        stop_after: the last of `STAGES` to do.
+        begin: the first of `STAGES` to do again, with all that follow; what is before it is done only if it is not.
+        redo: do again what was made otherwise than the recipe now says.
 
     Returns:
-        The folder of the report.
+        The run's folder.
 
     Raises:
-        CpiftError: the recipe, its data or its model cannot be used, or a training diverged.
+        CpiftError: the recipe, its data or its model cannot be used, earlier steps were made otherwise, or a training
+            diverged.
     """
-    return _Run(recipe).run()
+    return Run(recipe).run(stop_after=stop_after, begin=begin, redo=redo)
 
 
-class _Run:
-    """What the stages share: the recipe, its data, and the record that the report is made of."""
+def probe(recipe: Recipe, task: str) -> Path:
+    """Do one task's probe alone, with its scores and its core, as one job of many; return its folder. See `run`."""
+    return Run(recipe).probe(task)
+
+
+class Run:
+    """A recipe's steps: which there are, and what each depends on."""
 
     def __init__(self, recipe: Recipe):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise CpiftError("a run works on one process: start it without torchrun or accelerate launch")
-        if recipe.output.exists() and (not recipe.output.is_dir() or any(recipe.output.iterdir())):
-            raise CpiftError(f"{recipe.output} exists and is not an empty folder: choose another output")
-        if recipe.report.picture and importlib.util.find_spec("matplotlib") is None:
-            raise CpiftError(
-                "the report's picture needs matplotlib: pip install 'peft-cpift[report]', or set report.picture=false"
-            )
         self.recipe = recipe
         self.folder = recipe.output
         self.tuner = resolve_tuner(recipe)
-        self.settings = {
-            stage: resolve_settings(recipe, self.tuner, own)
-            for stage, own in {
-                "probe": recipe.probe.training,
-                "multi_stage": recipe.fusion.training,
-                "integration": recipe.integration.training,
-                "multi_task": {},
-            }.items()
-        }
+        self.settings = resolve_all(recipe, self.tuner)
+        _check_files(recipe)
+        check_metrics(recipe)
+        if recipe.evaluation.lm_eval is not None:
+            check_harness(recipe.evaluation.lm_eval)
         self.tokenizer = load_tokenizer(recipe)
-        self.data = rows.load_tasks(recipe)
-        rows.check_tokens(recipe, self.data, self.tokenizer, self._max_length("probe"))
-        self.models: list[dict[str, Any]] = []
-        self.trainings: list[Training] = []
+        self.data = rows.load_tasks(recipe, self.tokenizer)
+        self.steps = Steps(self.folder)
+        self.maker = Maker(recipe, self.tuner, self.settings, self.tokenizer, self.data, self.steps)
+        for stage in self.settings:
+            rows.check_tokens(recipe, self.data, self.tokenizer, self.maker.max_length(stage))
 
-    def run(self) -> Path:
-        for name, task in self.data.items():
-            kept = len(rows.training_lengths(task.train, self.tokenizer, self._max_length("probe")))
-            cut = f" ({len(task.train) - kept} more are cut by max_length before their completion)"
-            more = cut if kept < len(task.train) else ""
-            print(f"task {name}: {kept} rows to train on{more}, {len(task.test)} to score on")
-        start = self.folder / "start"
-        make_start(self.recipe, self.tuner, self.tokenizer, start)
+    def run(self, *, stop_after: str | None = None, begin: str | None = None, redo: bool = False) -> Path:
+        """See `run`."""
+        on_main(lambda: self._prepare(begin, redo))
+        last = STAGES.index(stop_after or STAGES[-1])
+        if not self._do(self._before_groups(), last):
+            return self.folder
+        self._do(self._after_groups(self.steps.results["groups.json"]["groups"]), last)
+        return self.folder
+
+    def probe(self, task: str) -> Path:
+        """See `probe`."""
+        if task not in self.recipe.tasks:
+            raise CpiftError(f"the recipe has no task '{task}': it has {', '.join(self.recipe.tasks)}")
+        wanted = {plan.START, f"probes/{task}", f"scores/probes/{task}", core_file(task)}
+        steps = [step for step in self._before_groups() if step.path in wanted]
+
+        def prepare() -> None:
+            self._check_stale(self.steps.stale(steps))
+            self._write_recipe()
+
+        on_main(prepare)
+        self._do(steps)
+        return self.folder / "probes" / task
+
+    def known_steps(self) -> list[Step]:
+        """The steps of the run, as far as they are known: those after the groups only once these are."""
+        steps = self._before_groups()
+        groups = self.steps.read("groups.json")
+        if groups is None or "groups.json" in self.steps.stale(steps):
+            return steps
+        return steps + self._after_groups(groups["result"]["groups"])
+
+    def stale(self) -> dict[str, str]:
+        """What is done in the run's folder, but otherwise than the recipe now says, and why."""
+        steps = self.known_steps()
+        stale, known = self.steps.stale(steps), {step.path for step in steps}
+        reason = "the recipe has it no longer" if "report" in known else "after groups.json"
+        return stale | {path: reason for path in self.steps.notes() if path not in known}
+
+    def _do(self, steps: Sequence[Step], last: int = len(STAGES)) -> bool:
+        """Do steps up to a stage; whether these were all."""
+        for step in steps:
+            if STAGES.index(step.stage) > last:
+                return False
+            known = self.steps.read(step.path)
+            with explained(step.path):
+                result = self.steps.run(step)
+            for text in result.get("warnings", []) if known is None else ():
+                say(f"warning: {text}")
+        return True
+
+    def _prepare(self, begin: str | None, redo: bool) -> None:
+        """Find what was made otherwise, remove what is to be done again, and keep the recipe."""
+        if begin is not None:
+            again = STAGES[STAGES.index(begin) :]
+            self.steps.forget(path for path, note in self.steps.notes().items() if note["stage"] in again)
+        stale = self.stale()
+        if not redo:
+            self._check_stale(stale)
+        for path, reason in stale.items():
+            say(f"to do again: {path} ({reason})")
+        self.steps.forget(reversed(list(stale)))
+        self._write_recipe()
+
+    def _check_stale(self, stale: dict[str, str]) -> None:
+        if stale:
+            listed = ", ".join(f"{path} ({reason})" for path, reason in list(stale.items())[:6])
+            more = f" and {len(stale) - 6} more" if len(stale) > 6 else ""
+            raise CpiftError(
+                f"{self.folder} was made otherwise than the recipe now says: {listed}{more}; add --redo to make these "
+                "steps again, or choose another output"
+            )
+
+    def _write_recipe(self) -> None:
+        remove_leftovers(self.folder / "recipe.yaml")
         with complete_file(self.folder / "recipe.yaml") as file:
             file.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), encoding="utf-8")
-        self._record("base", load_model(self.recipe, start))
-        probes = self._probe(start)
-        cores = self._find_cores(start, probes)
-        groups = self._group(cores, probes)
-        base = self._fusion_start(groups, start, probes)
-        fusion = self._fuse(groups, start, base, probes, cores)
-        final = self._integrate(groups, cores)
-        shutil.copytree(final, self.folder / "final.part")
-        (self.folder / "final.part").rename(self.folder / "final")
-        if self.recipe.baselines.multi_task:
-            self._multi_task(start)
-        return write_report(
-            {
-                "recipe": self.recipe.to_dict(),
-                "versions": versions(),
-                "settings": self.settings,
-                "cores": {task: {"size": len(core), "total": core.total} for task, core in cores.items()},
-                "jaccard": jaccard_matrix(cores),
-                "groups": groups,
-                "fusion": {key: value for key, value in fusion.items() if key != "tensors"},
-                "models": self.models,
-            },
-            self.folder / "report",
-            picture=self.recipe.report.picture,
-        )
 
-    def _probe(self, start: Path) -> dict[str, Training]:
-        """Stage 1: fine-tune on each task alone, from the same start."""
-        return {
-            task: self._train(f"probe {task}", "probe", start, data.train, self.folder / "probes" / task)
-            for task, data in self.data.items()
-        }
+    def _before_groups(self) -> list[Step]:
+        recipe, maker = self.recipe, self.maker
+        keys = ("model", "revision", "dtype", "tuner", "seed", "chat_template")
+        settings = {key: getattr(recipe, key) for key in keys}
+        steps = [
+            Step(plan.START, "probe", maker.start, settings),
+            self._scored("base", plan.START, "probe", harness=True),
+        ]
+        probes = plan.probes(recipe)
+        for stage in probes:
+            steps += self._trained(stage, "probe")
+        for task, stage in zip(recipe.tasks, probes, strict=True):
+            make = partial(maker.core, task)
+            steps.append(Step(core_file(task), "core", make, self._core_settings(), (stage.path, plan.START)))
+        after = tuple(core_file(task) for task in recipe.tasks)
+        if recipe.grouping.order == "difficulty":
+            after += tuple(stage.path for stage in probes)
+        if recipe.grouping.helps == "measured":
+            settings = {"rows": self._rows(recipe.tasks), "evaluation": dataclasses.asdict(recipe.evaluation)}
+            settings["calibration_fraction"] = recipe.integration.calibration_fraction
+            paths = (plan.START, *(stage.path for stage in probes))
+            steps.append(Step("transfer.json", "group", maker.transfer, settings, paths))
+            after += ("transfer.json",)
+        settings = {**dataclasses.asdict(recipe.grouping), "seed": recipe.seed, "tasks": list(recipe.tasks)}
+        return [*steps, Step("groups.json", "group", maker.groups, settings, after)]
 
-    def _find_cores(self, start: Path, probes: Mapping[str, Training]) -> dict[str, CoreRegion]:
-        cores = {}
-        for task in probes:
-            core = find_core_region(self.folder / "probes" / task, start, percent=self.recipe.core.percent)
-            core.save(self.folder / "cores" / f"{task}.safetensors")
-            cores[task] = core
-            print(f"core of {task}: {len(core)} of {core.total} coordinates")
-        return cores
+    def _after_groups(self, groups: list[list[str]]) -> list[Step]:
+        recipe, maker = self.recipe, self.maker
+        trainings = plan.probes(recipe)
+        steps = []
+        if recipe.fusion.start == "multi_stage":
+            for stage in plan.multi_stage(groups):
+                steps += self._trained(stage, "fuse", ("groups.json",))
+                trainings.append(stage)
+        steps += self._fused(groups)
+        result = plan.result(recipe, groups)
+        for stage in plan.integration(recipe, groups):
+            steps += self._trained(stage, "integrate", ("groups.json",), harness=stage.path == result)
+            trainings.append(stage)
+            if stage.region:
+                make, after = partial(maker.region, stage), (stage.path, stage.start)
+                steps.append(Step(stage.region, "integrate", make, self._core_settings(), after))
+        steps.append(Step("final", "integrate", partial(maker.copy, result), {}, (result,)))
+        budget = tuple(stage.path for stage in trainings)
+        for method in plan.baselines(recipe):
+            for stage in method.stages:
+                steps += self._trained(stage, "baselines", budget, harness=stage is method.stages[-1])
+        for name in recipe.baselines.merge:
+            path, settings = plan.merge_folder(name), {"density": recipe.baselines.density, "seed": recipe.seed}
+            after = (plan.START, *(f"probes/{task}" for task in recipe.tasks))
+            steps.append(Step(path, "baselines", partial(maker.merge, name, path), settings, after))
+            steps.append(self._scored(f"merge {name}", path, "baselines", harness=True))
+        after = tuple(step.path for step in [*self._before_groups(), *steps])
+        return [*steps, Step("report", "report", maker.report, dataclasses.asdict(recipe.report), after)]
 
-    def _group(self, cores: dict[str, CoreRegion], probes: Mapping[str, Training]) -> list[list[str]]:
-        """Stage 2: join tasks whose cores overlap, and order the groups."""
-        recipe = self.recipe.grouping
-        if isinstance(recipe.order, list):
-            groups = recipe.order
-        else:
-            groups = group_tasks(cores, recipe.threshold)
-            losses = {task: training.loss for task, training in probes.items()}
-            groups = order_groups(groups, recipe.order, seed=self.recipe.seed, losses=losses)
-        write_json(
-            self.folder / "groups.json",
-            {"tasks": list(cores), "jaccard": jaccard_matrix(cores), "threshold": recipe.threshold, "groups": groups},
-        )
-        print(f"groups in order: {', '.join(' + '.join(group) for group in groups)}")
-        return groups
-
-    def _fusion_start(self, groups: list[list[str]], start: Path, probes: Mapping[str, Training]) -> Path:
-        """Stage 3: theta_base, from which coordinates outside all cores start."""
-        if self.recipe.fusion.start == "pretrained":
-            return start
-        if self.recipe.fusion.start == "last_probe":
-            return self.folder / "probes" / groups[-1][-1]
-        folder = start
-        for number, group in enumerate(groups, 1):
-            mixed = rows.mixture([self.data[task].train for task in group], self.recipe.seed)
-            target = self.folder / "multi_stage" / _stage_name(number, group)
-            name = f"multi-stage {number}/{len(groups)}"
-            self._train(name, "multi_stage", folder, mixed, target)
-            folder = target
-        return folder
-
-    def _fuse(
-        self,
-        groups: list[list[str]],
-        start: Path,
-        base: Path,
-        probes: Mapping[str, Training],
-        cores: dict[str, CoreRegion],
-    ) -> dict[str, Any]:
-        recipe = self.recipe.fusion
+    def _fused(self, groups: list[list[str]]) -> list[Step]:
+        recipe, start = self.recipe, plan.fusion_start(self.recipe, groups)
         order = [task for group in groups for task in group]
-        report = fuse(
-            {task: self.folder / "probes" / task for task in order},
-            {task: cores[task] for task in order},
-            start=base,
-            pretrained=start,
-            output=self.folder / "fused",
-            omega=recipe.omega,
-            conflict=recipe.conflict,
-            space=recipe.space,
-        ).to_dict()
-        print(
-            f"fused: {report['core']} coordinates transplanted ({report['conflicts']} in several cores), "
-            f"{report['linear_folds']} of {report['folds']} interpolations linear"
+        settings = {key: value for key, value in dataclasses.asdict(recipe.fusion).items() if key != "training"}
+        settings["weights"] = {task: recipe.tasks[task].weight for task in order}
+        inputs = [plan.START, *(f"probes/{task}" for task in order), *map(core_file, order)]
+        own = () if os.path.isabs(start) else (start,)
+        after = tuple(dict.fromkeys(["groups.json", *inputs, *own]))
+        make = partial(self.maker.fused, groups, start)
+        result = plan.result(recipe, groups) == "fused"
+        return [Step("fused", "fuse", make, settings, after), self._scored("fused", "fused", "fuse", harness=result)]
+
+    def _trained(self, stage: Stage, part: str, others: tuple[str, ...] = (), *, harness: bool = False) -> list[Step]:
+        """A training, and its model's scores."""
+        fields = {key: value for key, value in self.settings[stage.settings].items() if key not in WITHOUT_EFFECT}
+        settings = {"training": fields, "rows": self._rows(stage.tasks), "seed": self.recipe.seed}
+        if stage.calibration:
+            settings["calibration_rows"] = len(next(iter(self.maker.calibration.values())))
+        after = tuple(dict.fromkeys((stage.start, *stage.frozen, *others)))
+
+        def make() -> dict[str, Any]:
+            made_from = {"settings": settings, "after": {path: self.steps.read(path)["id"] for path in after}}
+            return self.maker.training(stage, made_from)
+
+        scores = self._scored(stage.name, stage.path, part, harness=harness)
+        return [Step(stage.path, part, make, settings, after), scores]
+
+    def _scored(self, name: str, path: str, part: str, *, harness: bool = False) -> Step:
+        keys = ("metric", "answer", "choices", "language")
+        tasks = {name: {key: getattr(task, key) for key in keys} for name, task in self.recipe.tasks.items()}
+        rows = {name: data.test_digest for name, data in self.data.items()}
+        evaluation = dataclasses.asdict(self.recipe.evaluation)
+        if not harness:
+            del evaluation["lm_eval"]
+        settings = {"evaluation": evaluation, "tasks": tasks, "rows": rows}
+        make = partial(self.maker.scores, name, path, harness=harness)
+        return Step(f"scores/{path}", part, make, settings, (path,), leaves_file=False)
+
+    def _rows(self, tasks: Sequence[str]) -> dict[str, str]:
+        return {task: self.data[task].train_digest for task in tasks}
+
+    def _core_settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.recipe.core)
+
+
+def _check_files(recipe: Recipe) -> None:
+    """Raise CpiftError if the output is something else than a run, or what is needed beside the model is missing."""
+    folder = recipe.output
+    if folder.exists() and not folder.is_dir():
+        raise CpiftError(f"{folder} is not a folder: choose another output")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "steps").is_dir():
+        raise CpiftError(f"{folder} holds something else than a run: choose another output")
+    if recipe.report.picture and importlib.util.find_spec("matplotlib") is None:
+        raise CpiftError(
+            "the report's picture needs matplotlib: pip install 'peft-cpift[report]', or set report.picture=false"
         )
-        self._record("fused", load_model(self.recipe, self.folder / "fused"))
-        return report
-
-    def _integrate(self, groups: list[list[str]], cores: dict[str, CoreRegion]) -> Path:
-        """Stage 4: fine-tune the fused parameters on a small balanced set, with cores frozen."""
-        recipe = self.recipe.integration
-        calibration = rows.calibration_sets(self.data, recipe.calibration_fraction, self.recipe.seed)
-        if recipe.schedule == "mixed":
-            stages = [([task for group in groups for task in group], list(cores.values()))]
-        else:
-            stages = [
-                (group, [cores[task] for earlier in groups[:number] for task in earlier])
-                for number, group in enumerate(groups)
-            ]
-        folder = self.folder / "fused"
-        for number, (group, frozen) in enumerate(stages, 1):
-            mixed = rows.mixture([calibration[task] for task in group], self.recipe.seed)
-            target = self.folder / "stages" / _stage_name(number, group)
-            name = "final" if number == len(stages) else f"stage {number}/{len(stages)}"
-            self._train(name, "integration", folder, mixed, target, frozen)
-            folder = target
-        return folder
-
-    def _multi_task(self, start: Path) -> None:
-        """For comparison: plain fine-tuning on all tasks mixed, for as many tokens as all stages together saw."""
-        settings = self.settings["multi_task"]
-        mixed = rows.mixture([data.train for data in self.data.values()], self.recipe.seed)
-        lengths = rows.training_lengths(mixed, self.tokenizer, self._max_length("multi_task"))
-        batch = settings.get("per_device_train_batch_size", SFTConfig.per_device_train_batch_size)
-        batches = math.ceil(len(lengths) / batch)
-        steps = math.ceil(batches / settings.get("gradient_accumulation_steps", SFTConfig.gradient_accumulation_steps))
-        epochs = sum(training.tokens for training in self.trainings) / sum(lengths)
-        settings["max_steps"] = max(1, round(epochs * steps))
-        self._train("multi-task", "multi_task", start, mixed, self.folder / "multi_task")
-
-    def _max_length(self, stage: str) -> int | None:
-        return self.settings[stage].get("max_length", SFTConfig.max_length)
-
-    def _train(
-        self,
-        name: str,
-        stage: str,
-        start: Path,
-        data: Dataset,
-        output: Path,
-        frozen: list[CoreRegion] | None = None,
-    ) -> Training:
-        settings = self.settings[stage]
-        print(f"\n{name}: {len(data)} rows{f', {len(frozen)} cores frozen' if frozen else ''}", flush=True)
-        model, training = train(self.recipe, self.tokenizer, start, data, settings, output, frozen=frozen)
-        self.trainings.append(training)
-        self._record(name, model, training)
-        return training
-
-    def _record(self, name: str, model: torch.nn.Module, training: Training | None = None) -> None:
-        """Score a model on every task, and keep the result on disk at once."""
-        if torch.accelerator.is_available() and not self.settings["probe"].get("use_cpu"):
-            model = model.to(torch.accelerator.current_accelerator())
-        scores = evaluate(model, self.tokenizer, self.recipe, self.data)
-        average = normalised_average(scores)
-        self.models.append(
-            {
-                "name": name,
-                "average": average,
-                "scores": {task: asdict(score) for task, score in scores.items()},
-                "training": asdict(training) if training else None,
-            }
+    if recipe.push is not None and get_token() is None:
+        raise CpiftError(f"pushing to '{recipe.push.repository}' needs a login: run `hf auth login`, or take push out")
+    if (
+        recipe.push is not None
+        and recipe.tuner != "full"
+        and Path(recipe.model).is_dir()
+        and not recipe.push.base_model
+    ):
+        raise CpiftError(
+            f"an adapter on the Hub must name its model there, and {recipe.model} is a folder: give push.base_model"
         )
-        write_json(self.folder / "scores.json", self.models)
-        if training:
-            print(
-                f"{name}: {training.steps} steps at learning rate {training.learning_rate:g}, "
-                f"{training.tokens} tokens, {training.seconds:.1f} s, loss {training.loss:.3f}"
-            )
-        print(f"{name}: average {average:.2f} | " + "  ".join(f"{t} {10 * s.score:.2f}" for t, s in scores.items()))
-
-
-def _stage_name(number: int, group: list[str]) -> str:
-    """A folder's name, of bounded length however many tasks are in the group."""
-    return f"{number:02d}-{'+'.join(group)[:80]}"
+    start = recipe.fusion.start
+    if start not in ("multi_stage", "last_probe", "pretrained") and not Path(start).is_dir():
+        raise CpiftError(f"fusion.start is '{start}': use multi_stage, last_probe, pretrained, or an existing folder")

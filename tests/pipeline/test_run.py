@@ -12,14 +12,16 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from peft_cpift import CoreRegion, CpiftError, fuse
-from peft_cpift.pipeline import run
-from peft_cpift.pipeline.reading import parse_recipe
-from peft_cpift.pipeline.train import resolve_settings
+from peft_cpift.pipeline.run import run
+from peft_cpift.pipeline.settings import resolve_settings
+from peft_cpift.pipeline.steps import Steps
+from peft_cpift.recipe.reading import parse_recipe
 
 TUNERS = {
     "propulsion": {"peft_type": "PROPULSION", "target_modules": ["q_proj", "v_proj", "down_proj"]},
@@ -41,7 +43,7 @@ def flat_bits(tensor: torch.Tensor) -> torch.Tensor:
 def test_every_stage_does_what_the_method_says(tree, tuner):
     # A threshold that no pair reaches makes every task a group of its own.
     tree |= {"tuner": TUNERS[tuner], "grouping": {"threshold": 1.0, "order": [["larger"], ["sums"], ["letters"]]}}
-    folder = run(parse_recipe(tree)).parent
+    folder = run(parse_recipe(tree))
     start = weights(folder / "start")
     cores = {name: CoreRegion.load(folder / "cores" / f"{name}.safetensors") for name in tree["tasks"]}
     total = sum(tensor.numel() for tensor in start.values())
@@ -84,11 +86,11 @@ def test_every_stage_does_what_the_method_says(tree, tuner):
 
 
 def test_folder_report_and_final_model(tree):
-    folder = run(parse_recipe(tree)).parent
+    folder = run(parse_recipe(tree))
     present = {path.name for path in folder.iterdir()}
     assert present == {
         *("recipe.yaml", "start", "probes", "cores", "groups.json", "multi_stage", "fused", "stages", "final"),
-        *("multi_task", "report", "scores.json"),
+        *("baselines", "report", "steps"),
     }
     assert parse_recipe(yaml.safe_load((folder / "recipe.yaml").read_text())) == parse_recipe(tree)
 
@@ -113,8 +115,8 @@ def test_folder_report_and_final_model(tree):
 def test_full_fine_tuning_ends_in_an_ordinary_model(tree):
     tree |= {"tuner": "full", "report": {"picture": False}, "baselines": {"multi_task": False}}
     tree["fusion"] = {"start": "pretrained", "space": "delta"}
-    folder = run(parse_recipe(tree)).parent
-    assert not (folder / "multi_task").exists()
+    folder = run(parse_recipe(tree))
+    assert not (folder / "baselines").exists()
     assert not (folder / "multi_stage").exists()
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     assert torch.equal(model.get_input_embeddings().weight, weights(folder / "final")["model.embed_tokens.weight"])
@@ -122,7 +124,7 @@ def test_full_fine_tuning_ends_in_an_ordinary_model(tree):
 
 def test_mixed_schedule_is_one_stage_with_every_core_frozen(tree):
     tree |= {"integration": {"schedule": "mixed"}, "fusion": {"start": "last_probe"}}
-    folder = run(parse_recipe(tree)).parent
+    folder = run(parse_recipe(tree))
     (stage,) = (folder / "stages").iterdir()
     fused, after = weights(folder / "fused"), weights(stage)
     moved = 0
@@ -134,15 +136,15 @@ def test_mixed_schedule_is_one_stage_with_every_core_frozen(tree):
 
 
 def test_same_recipe_same_bits(tree, tmp_path):
-    first = run(parse_recipe(tree)).parent
-    second = run(parse_recipe({**tree, "output": str(tmp_path / "again")})).parent
-    for part in ("final", "fused", "multi_task"):
+    first = run(parse_recipe(tree))
+    second = run(parse_recipe({**tree, "output": str(tmp_path / "again")}))
+    for part in ("final", "fused", "baselines/multi_task"):
         a, b = weights(first / part), weights(second / part)
         assert all(torch.equal(flat_bits(a[key]), flat_bits(b[key])) for key in a)
 
 
 def test_picture(tree):
-    folder = run(parse_recipe({**tree, "report": {}, "baselines": {"multi_task": False}}))
+    folder = run(parse_recipe({**tree, "report": {}, "baselines": {"multi_task": False}})) / "report"
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "report.png" in (folder / "report.md").read_text()
 
@@ -154,7 +156,7 @@ def test_picture(tree):
         ({"data": "nowhere"}, r"task 'sums' has no file nowhere/sums_train\.jsonl"),
         ({"training": {"learning_rat": 1}}, r"unknown training field 'learning_rat': did you mean 'learning_rate'\?"),
         ({"training": {"output_dir": "x"}}, "'output_dir' is not for a recipe: use the recipe's output"),
-        ({"training": {"fsdp": "full_shard"}}, "'fsdp' is not for a recipe: a run works on one process"),
+        ({"training": {"fsdp": "full_shard"}}, "'fsdp' is not for a recipe: give it to accelerate launch"),
         ({"training": {"lr_scheduler_type": "sometimes"}}, "training fields .*sometimes"),
         ({"training": {"learning_rate": "abc"}}, "training field 'learning_rate': .* valid number"),
         ({"training": {"learning_rate": -1}}, "training field 'learning_rate' must be positive"),
@@ -166,7 +168,7 @@ def test_picture(tree):
         ({"training": {"max_length": -5}}, "'max_length' must be at least 2"),
         ({"tuner": {"peft_type": "NONSENSE"}}, "'NONSENSE', which PEFT does not know"),
         ({"tuner": {"target_modules": ["q_proj"]}}, "'tuner.peft_type' is None"),
-        ({"tuner": {"peft_type": "LORA"}}, "LORA, whose adapters cannot be fused tensor by tensor"),
+        ({"tuner": {"peft_type": "LORA"}}, "LORA, whose adapters .*: set integration.schedule to none"),
         ({"tuner": {"peft_type": "PROPULSION", "degre": 3}}, "'tuner': .*degre"),
         ({"tuner": {"peft_type": "PROPULSION", "degree": 0}}, "'tuner': .*degree"),
     ],
@@ -185,7 +187,7 @@ def test_an_output_that_holds_something_is_left_alone(tree):
     output = Path(tree["output"])
     output.mkdir()
     (output / "thesis.txt").write_text("mine")
-    with pytest.raises(CpiftError, match="exists and is not an empty folder"):
+    with pytest.raises(CpiftError, match="holds something else than a run"):
         run(parse_recipe(tree))
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
 
@@ -197,7 +199,7 @@ def test_modules_that_the_model_has_not_are_named(tree):
 
 
 def trainings(folder: Path) -> dict[str, dict]:
-    models = json.loads((folder / "scores.json").read_text())
+    models = json.loads((folder / "report" / "report.json").read_text())["models"]
     return {model["name"]: model["training"] for model in models if model["training"]}
 
 
@@ -215,7 +217,7 @@ def test_fusion_starts_and_settings_are_the_recipes(tree, tmp_path):
             parse_recipe(
                 {**tree, "core": {"percent": 60.0}, "report": {"picture": False}, "baselines": {"multi_task": False}}
             )
-        ).parent
+        )
         base = {
             "multi_stage": folder / "multi_stage" / "02-sums+letters",
             "last_probe": folder / "probes" / "letters",
@@ -240,7 +242,7 @@ def test_multi_stage_goes_on_from_group_to_group(tree):
         "report": {"picture": False},
         "baselines": {"multi_task": False},
     }
-    folder = run(parse_recipe(tree)).parent
+    folder = run(parse_recipe(tree))
     second = weights(folder / "multi_stage" / "02-sums")
     alone = weights(folder / "probes" / "sums")
     assert any(not torch.equal(second[key], alone[key]) for key in alone), "it must not start from the beginning"
@@ -253,7 +255,7 @@ def test_every_stage_has_its_own_settings_rows_and_frozen_cores(tree):
         "probe": {"training": {"learning_rate": 0.02}},
         "integration": {"calibration_fraction": 0.5, "training": {"learning_rate": 0.003}},
     }
-    folder = run(parse_recipe(tree)).parent
+    folder = run(parse_recipe(tree))
     cores = {task: len(CoreRegion.load(folder / "cores" / f"{task}.safetensors")) for task in tree["tasks"]}
     union = len(
         CoreRegion.load(folder / "cores" / "larger.safetensors")
@@ -286,7 +288,7 @@ def test_baseline_sees_as_many_tokens_as_the_method(tree, task_folder, tmp_path,
             (folder / f"{name}_{split}.jsonl").write_text("\n".join(lines))
     tree |= {"data": str(folder), "tasks": {"short": {"test_samples": 4}, "long": {"test_samples": 4}}}
     tree["training"] = {"per_device_train_batch_size": 4, "disable_tqdm": True, "learning_rate": 0.01, **training}
-    made = trainings(run(parse_recipe(tree)).parent)
+    made = trainings(run(parse_recipe(tree)))
     baseline = made.pop("multi-task")["tokens"]
     assert baseline == pytest.approx(sum(training["tokens"] for training in made.values()), rel=0.1)
 
@@ -303,7 +305,164 @@ def test_a_training_that_diverges_ends_in_one_line(tree):
         run(parse_recipe(tree))
 
 
-def test_several_processes_are_refused(tree, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CpiftError, match="works on one process"):
-        run(parse_recipe(tree))
+def test_lora_is_fused_as_the_weights_that_it_adds(tree):
+    lora = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "down_proj"]}
+    folder = run(parse_recipe(tree | {"tuner": lora, "integration": {"schedule": "none"}}))
+    assert not (folder / "stages").exists()
+    assert not (folder / "final" / "adapter_config.json").exists()
+    final, base = weights(folder / "final"), load_file(Path(tree["model"]) / "model.safetensors")
+    core = CoreRegion.load(folder / "cores" / "sums.safetensors")
+    assert core.indices.keys() <= {name for name in base if "q_proj" in name or "down_proj" in name}
+    probe = AutoPeftModelForCausalLM.from_pretrained(folder / "probes" / "sums").merge_and_unload().state_dict()
+    others = [CoreRegion.load(folder / "cores" / f"{name}.safetensors") for name in ("letters", "larger")]
+    for name, index in core.indices.items():
+        taken = torch.cat([torch.empty(0, dtype=torch.int64), *(o.indices[name] for o in others if name in o.indices)])
+        alone = index[~torch.isin(index, taken)]
+        torch.testing.assert_close(final[name].reshape(-1)[alone], probe[name].reshape(-1)[alone])
+    assert any(not torch.equal(final[name], base[name]) for name in base)
+
+
+def test_every_baseline_and_strategy_in_one_run(tree):
+    """Also: equal budgets, and the figures in the report."""
+    tree["training"] = {"per_device_train_batch_size": 4, "disable_tqdm": True, "num_train_epochs": 1}
+    tree |= {
+        "grouping": {"order": "dependency", "helps": "measured", "threshold": 1.0},
+        "baselines": {
+            "random_stages": 2,
+            "heuristic_stages": [["larger"], ["sums", "letters"]],
+            "merge": ["linear", "ties", "dare_linear", "dare_ties"],
+        },
+    }
+    folder = run(parse_recipe(tree))
+    report = json.loads((folder / "report" / "report.json").read_text())
+    methods = {one["method"]: one["model"] for one in report["methods"]}
+    assert methods == {
+        "multi-stage": "multi-stage 3/3",
+        "CPI-FT": "final",
+        "multi-task": "multi-task",
+        "multi-stage random": "random stage 2/2",
+        "multi-stage heuristic": "heuristic stage 2/2",
+        **{f"merge {name}": f"merge {name}" for name in ("linear", "ties", "dare_linear", "dare_ties")},
+    }
+    tokens = {model["name"]: (model["training"] or {"tokens": 0})["tokens"] for model in report["models"]}
+    own = sum(count for name, count in tokens.items() if name.startswith(("probe", "multi-stage", "stage", "final")))
+    for name in ("multi-task", "random stage", "heuristic stage"):
+        assert sum(count for model, count in tokens.items() if model.startswith(name)) == pytest.approx(own, rel=0.1)
+    transfer = json.loads((folder / "transfer.json").read_text())
+    assert transfer == report["transfer"]
+    assert {helper: set(row) for helper, row in transfer.items()} == {
+        task: set(tree["tasks"]) - {task} for task in tree["tasks"]
+    }
+    order = [task for group in report["groups"] for task in group]
+    for a in order:
+        for b in order:
+            if a != b and transfer[a][b] > max(0, transfer[b][a]):
+                assert order.index(a) < order.index(b)
+
+
+def test_groups_in_order_of_overlap(tree):
+    tree |= {"grouping": {"order": "overlap", "threshold": 1.0}, "core": {"percent": 30.0}}
+    folder = run(parse_recipe(tree), stop_after="group")
+    found = json.loads((folder / "groups.json").read_text())
+    means = [sum(row) - 1 for row in found["jaccard"]]
+    assert found["groups"] == [[found["tasks"][i]] for i in sorted(range(3), key=means.__getitem__)]
+
+
+def test_dynamic_regions_are_what_a_stage_moved_most_and_are_frozen_later(tree):
+    tree |= {
+        "grouping": {"order": [["larger"], ["sums"], ["letters"]]},
+        "integration": {"dynamic_regions": True},
+        "baselines": {"multi_task": False},
+    }
+    folder = run(parse_recipe(tree))
+    assert {path.name for path in (folder / "regions").iterdir()} == {"01.safetensors", "02.safetensors"}
+    before, after, last = (weights(folder / part) for part in ("fused", "stages/01-larger", "stages/03-letters"))
+    region = CoreRegion.load(folder / "regions" / "01.safetensors")
+    moved = torch.cat([(after[k] - before[k]).abs().reshape(-1) for k in sorted(before)])
+    inside = torch.cat([(after[k] - before[k]).abs().reshape(-1)[i] for k, i in sorted(region.indices.items())])
+    assert torch.equal(inside.sort().values, moved.sort().values[-len(region) :])
+    for name, index in region.indices.items():
+        assert torch.equal(flat_bits(last[name])[index], flat_bits(after[name])[index])
+
+
+def test_weights_of_tasks_and_start_reach_the_fusion(tree, tmp_path):
+    tree["tasks"]["sums"]["weight"] = 3.0
+    tree["fusion"] = {"start": "pretrained", "start_weight": 0.5}
+    tree["grouping"] = {"order": [["larger"], ["sums"], ["letters"]]}
+    folder = run(parse_recipe(tree), stop_after="fuse")
+    order = ["larger", "sums", "letters"]
+    fuse(
+        {task: folder / "probes" / task for task in order},
+        {task: folder / "cores" / f"{task}.safetensors" for task in order},
+        start=folder / "start",
+        output=tmp_path / "again",
+        weights={"larger": 1.0, "sums": 3.0, "letters": 1.0},
+        start_weight=0.5,
+    )
+    made, again = weights(folder / "fused"), weights(tmp_path / "again")
+    assert all(torch.equal(flat_bits(made[key]), flat_bits(again[key])) for key in made)
+
+
+def test_a_start_of_the_users_own(tree, tmp_path):
+    first = run(parse_recipe(tree), stop_after="probe")
+    tree |= {"output": str(tmp_path / "second"), "fusion": {"start": str(first / "probes" / "larger")}}
+    folder = run(parse_recipe(tree), stop_after="fuse")
+    assert not (folder / "multi_stage").exists()
+    settings = json.loads((folder / "fused" / "fusion.json").read_text())
+    assert settings["folds"] > 0
+    with pytest.raises(CpiftError, match=r"fusion.start is 'nowhere': use multi_stage, .*, or an existing folder"):
+        run(parse_recipe({**tree, "output": str(tmp_path / "third"), "fusion": {"start": "nowhere"}}))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "percent", "warning"),
+    [(0.0, 30.0, "all tasks are in one group at threshold 0"), (0.1, 1.1, "no two tasks share a single core")],
+)
+def test_surprising_groups_are_warned_of(tree, capsys, threshold, percent, warning):
+    tree |= {"grouping": {"threshold": threshold}, "core": {"percent": percent}}
+    run(parse_recipe(tree), stop_after="group")
+    assert f"warning: {warning}" in capsys.readouterr().out
+
+
+def test_every_training_says_what_it_is_about_to_do(tree, capsys):
+    tree["integration"] = {"training": {"learning_rate": 3e-4, "gradient_accumulation_steps": 2}}
+    tree["grouping"] = {"order": [["larger"], ["sums"], ["letters"]]}
+    run(parse_recipe(tree), stop_after="integrate")
+    out = capsys.readouterr().out
+    assert "probe sums: 24 rows, 3 steps of 4 a step, learning rate 0.01\n" in out
+    assert "stage 2/3: 4 rows, 3 steps of 8 a step, learning rate 0.0003, 1 core region frozen\n" in out
+    assert "final: 4 rows, 3 steps of 8 a step, learning rate 0.0003, 2 core regions frozen\n" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), CpiftError, "memory ran out at probes/sums: lower"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), CpiftError, "memory ran out at"),
+        (OSError(28, "No space left on device"), OSError, "the disk is full at probes/sums: make room and start"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), OSError, "the disk is full at"),
+        (RuntimeError("something else"), RuntimeError, "^something else$"),
+    ],
+)
+def test_what_runs_out_is_said_in_one_line_and_nothing_complete_is_lost(tree, monkeypatch, error, kind, message):
+    def fail(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("peft_cpift.pipeline.train.save_model", fail)
+        with pytest.raises(kind, match=message):
+            run(parse_recipe(tree))
+    folder = Path(tree["output"])
+    assert not (folder / "probes" / "sums").exists()
+    assert Steps(folder).notes().keys() == {"start", "scores/start"}
+
+
+def test_pushing_is_checked_before_anything_is_trained(tree, monkeypatch):
+    recipe = parse_recipe(tree | {"push": {"repository": "me/result"}})
+    monkeypatch.setattr("peft_cpift.pipeline.run.get_token", lambda: None)
+    with pytest.raises(CpiftError, match="pushing to 'me/result' needs a login"):
+        run(recipe)
+    monkeypatch.setattr("peft_cpift.pipeline.run.get_token", lambda: "hf_some")
+    with pytest.raises(CpiftError, match=r"is a folder: give push\.base_model"):
+        run(recipe)
+    assert not Path(tree["output"]).exists()

@@ -1,0 +1,283 @@
+"""Strategy: kill runs with SIGKILL, where nothing can be tidied up, start them again with the same recipe until they
+end, and compare every file of parameters, cores and groups with those of an undisturbed run, byte by byte.
+
+A killed run is a forked process that kills itself at its n-th change of the folder (a file opened for writing, a
+renaming, a removal), seen by an audit hook. So the kills fall before and after every rename, inside the Trainer's
+checkpoints, and while something is removed; which of them, is drawn by a seed. The slow test kills the demo at random
+times, started as a user would. What is noticed, refused and done again is looked at in this process.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_cpift import CpiftError
+from peft_cpift.pipeline.run import STAGES, Run, probe, run
+from peft_cpift.pipeline.steps import Steps
+from peft_cpift.pipeline.train import last_checkpoint
+from peft_cpift.recipe.reading import parse_recipe
+
+PARTS = ("start", "probes", "cores", "regions", "groups.json", "multi_stage", "fused", "stages", "final", "baselines")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, task_folder, tmp_path_factory) -> tuple[dict, Path]:
+    """A recipe with an order that needs the losses, a region found on the way and many checkpoints; and its run."""
+    tree = {
+        "model": str(tiny_model),
+        "output": str(tmp_path_factory.mktemp("whole") / "run"),
+        "data": str(task_folder),
+        "tasks": {
+            "sums": {"metric": "exact_match", "answer": "=(.*)"},
+            "letters": {"train_samples": 16},
+            "larger": {"metric": "choice", "choices": ["a", "b"], "test_samples": 5},
+        },
+        "tuner": {"peft_type": "PROPULSION", "target_modules": ["q_proj", "v_proj", "down_proj"]},
+        "training": {
+            **{"max_steps": 3, "per_device_train_batch_size": 4, "disable_tqdm": True, "learning_rate": 0.001},
+            **{"save_steps": 2, "logging_steps": 1},
+        },
+        "core": {"percent": 10.0},
+        "grouping": {"order": "difficulty", "threshold": 1.0},
+        "integration": {"dynamic_regions": True},
+        "baselines": {"training": {"save_steps": 10}},
+        "evaluation": {"max_new_tokens": 4},
+        "report": {"picture": False},
+    }
+    return tree, run(parse_recipe(tree))
+
+
+@pytest.fixture
+def undisturbed(whole) -> Path:
+    """A run that was not disturbed; not to be touched."""
+    return whole[1]
+
+
+@pytest.fixture
+def tree(whole, tmp_path) -> dict:
+    """Its recipe, for a folder of the test's own."""
+    return {**copy.deepcopy(whole[0]), "output": str(tmp_path / "run")}
+
+
+@pytest.fixture
+def done(whole, tree) -> Path:
+    """A copy of the whole run, where the recipe says."""
+    return Path(shutil.copytree(whole[1], tree["output"]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of the results, by its path."""
+    files = [file for part in PARTS for file in [folder / part, *(folder / part).rglob("*")] if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def figures(folder: Path) -> dict:
+    """The report without what differs from run to run: times, memory, the name of the folder."""
+    report = json.loads((folder / "report" / "report.json").read_text())
+    del report["recipe"]
+    for model in report["models"]:
+        if model["training"]:
+            del model["training"]["seconds"], model["training"]["peak_memory"]
+    return report
+
+
+def run_and_die(tree: dict, last: int) -> None:
+    """Run a recipe and be killed at the `last` change of its folder; write down how many there were."""
+    seen = 0
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        if not (writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")):
+            return
+        if str(arguments[0]).startswith(tree["output"]):
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    run(parse_recipe(tree))
+    Path(tree["output"], "changes").write_text(str(seen))
+
+
+def killed(tree: dict, last: int) -> bool:
+    """Whether a run of the recipe, in a process of its own, was killed before it ended."""
+    process = multiprocessing.get_context("fork").Process(target=run_and_die, args=(tree, last))
+    process.start()
+    process.join(120)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def test_a_run_that_is_killed_ends_as_one_that_is_not(tree, undisturbed):
+    generator = random.Random(0)
+    kills = 0
+    while killed(tree, generator.randrange(1, 70)):
+        kills += 1
+        assert kills < 200
+    assert kills >= 20
+    folder = Path(tree["output"])
+    assert contents(folder) == contents(undisturbed)
+    assert figures(folder) == figures(undisturbed)
+    assert not list(folder.rglob(".*.part"))
+    assert not (folder / "checkpoints").exists()
+
+
+def test_nothing_is_done_twice(tree, done):
+    notes = Steps(done).notes()
+    run(parse_recipe(tree))
+    assert Steps(done).notes() == notes
+
+
+def test_a_run_stops_and_goes_on_where_it_is_told_to(tree, undisturbed):
+    folder = run(parse_recipe(tree), stop_after="group")
+    assert {path.name for path in folder.iterdir()} == {
+        *("recipe.yaml", "steps", "start", "probes", "cores", "groups.json"),
+    }
+    assert contents(run(parse_recipe(tree))) == contents(undisturbed)
+    notes = Steps(folder).notes()
+    run(parse_recipe(tree), begin="integrate")
+    made_again = {path for path, note in Steps(folder).notes().items() if note["id"] != notes[path]["id"]}
+    assert made_again == {
+        path for path, note in notes.items() if note["stage"] in ("integrate", "baselines", "report")
+    }
+    assert contents(folder) == contents(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("change", "stages", "named"),
+    [
+        ({"training": {"learning_rate": 2e-3}}, STAGES, r"probes/sums \(training.learning_rate"),
+        ({"core": {"percent": 20.0}}, STAGES[1:], r"cores/sums.safetensors \(percent changed"),
+        ({"grouping": {"order": "random", "threshold": 1.0}}, STAGES[2:], r"groups.json \(order changed"),
+        ({"fusion": {"conflict": "last"}}, STAGES[3:], r"fused \(conflict changed"),
+        ({"integration": {"training": {"weight_decay": 0.1}}}, STAGES[4:], r"stages/01-\w+ \(training.weight_decay"),
+        ({"seed": 1}, STAGES, r"start \(seed changed"),
+        ({"evaluation": {"max_new_tokens": 5}}, None, r"scores/start \(evaluation.max_new_tokens changed"),
+        ({"baselines": {"multi_task": False}}, STAGES[5:], r"baselines/multi_task \(the recipe has it no longer"),
+        ({"training": {"save_steps": 1, "logging_steps": 3}}, (), None),
+    ],
+)
+def test_a_changed_recipe_is_noticed_with_all_that_follows(tree, done, change, stages, named):
+    for key, value in change.items():
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+    before, notes = contents(done), Steps(done).notes()
+    changed = Run(parse_recipe(tree))
+    stale = changed.stale()
+    if named is None:
+        assert not stale
+        return
+    with pytest.raises(CpiftError, match=rf"was made otherwise .*{named}.*add --redo"):
+        changed.run()
+    assert contents(done) == before
+    assert Steps(done).notes() == notes
+    for path, note in notes.items():
+        model = path.removeprefix("scores/")
+        if stages is None:
+            expected = path.startswith("scores/") or path == "report"
+        elif model == "start":
+            expected = "seed" in change
+        elif "fusion" in change and model.startswith("multi_stage/"):
+            expected = False  # of the same stage, but before what changed
+        else:
+            expected = note["stage"] in stages
+        assert (path in stale) == expected, path
+
+
+def test_what_is_stale_is_made_again_when_told_and_nothing_else(tree, done):
+    notes = Steps(done).notes()
+    tree["fusion"] = {"conflict": "last", "omega": 0.3}
+    run(parse_recipe(tree), redo=True)
+    again = {path for path, note in Steps(done).notes().items() if note["id"] != notes[path]["id"]}
+    late = {path for path, note in notes.items() if note["stage"] in ("integrate", "baselines", "report")}
+    assert again == {"fused", "scores/fused"} | late
+    fresh = run(parse_recipe({**tree, "output": tree["output"] + "-fresh"}))
+    assert contents(done) == contents(fresh)
+
+
+def test_probes_made_by_jobs_of_their_own_are_taken_over(tree, undisturbed):
+    recipe = parse_recipe(tree)
+    for task in ("larger", "sums"):
+        assert probe(recipe, task) == Path(tree["output"]) / "probes" / task
+    notes = Steps(recipe.output).notes()
+    assert {path for path in notes if path.startswith("probes/")} == {"probes/larger", "probes/sums"}
+    assert contents(run(recipe)) == contents(undisturbed)
+    assert notes.items() <= Steps(recipe.output).notes().items()
+
+
+def test_an_unknown_task_is_named(tree):
+    with pytest.raises(CpiftError, match="the recipe has no task 'sum': it has sums, letters, larger"):
+        probe(parse_recipe(tree), "sum")
+
+
+def test_data_that_changed_is_noticed(tree, done, task_folder, tmp_path):
+    tree["data"] = str(shutil.copytree(task_folder, tmp_path / "data"))
+    file = tmp_path / "data" / "sums_train.jsonl"
+    file.write_text(file.read_text().replace("+", "-"))
+    stale = Run(parse_recipe(tree)).stale()
+    assert stale["probes/sums"] == "rows.sums changed"
+    assert "probes/letters" not in stale
+    assert "scores/start" not in stale
+
+
+def test_a_result_that_was_removed_is_missed_with_what_follows(tree, done):
+    shutil.rmtree(done / "fused")
+    with pytest.raises(CpiftError, match=r"fused \(it is gone\), scores/fused \(after fused\)"):
+        run(parse_recipe(tree))
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+    for name, state in (
+        ("checkpoint-2", '{"global_step": 2}'),
+        ("checkpoint-10", '{"global_'),
+        ("checkpoint-9", None),
+    ):
+        (tmp_path / name).mkdir()
+        if state is not None:
+            (tmp_path / name / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10}')
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_damaged_note_is_named(tree, done):
+    (done / "steps" / "probes" / "sums.json").write_text("{")
+    with pytest.raises(CpiftError, match=r"sums.json is not a step's note: remove it, and the step is done again"):
+        run(parse_recipe(tree))
+
+
+@pytest.mark.slow
+def test_the_demo_killed_at_random_moments_ends_as_one_that_is_not(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "peft_cpift.cli", "demo", "training.save_steps=5", "--output"]
+
+    def start(folder: Path) -> subprocess.Popen:
+        return subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, env=environment)
+
+    assert start(tmp_path / "whole").wait(600) == 0
+    generator = random.Random(0)
+    kills = 0
+    while True:
+        process = start(tmp_path / "killed")
+        try:
+            # A start takes some seconds by itself.
+            assert process.wait(generator.uniform(5, 20)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills >= 20
+    assert contents(tmp_path / "killed" / "run") == contents(tmp_path / "whole" / "run")
+    assert figures(tmp_path / "killed" / "run") == figures(tmp_path / "whole" / "run")

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from peft_cpift.pipeline import data as rows
-from peft_cpift.pipeline.evaluate import evaluate
-from peft_cpift.pipeline.reading import read_recipe
+from peft_cpift.data import tasks as rows
+from peft_cpift.evaluation.evaluate import evaluate
 from peft_cpift.pipeline.train import (
     load_model,
     load_tokenizer,
@@ -25,6 +24,7 @@ from peft_cpift.pipeline.train import (
     resolve_tuner,
     train,
 )
+from peft_cpift.recipe.reading import read_recipe
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     recipe = read_recipe(arguments.recipe, [*arguments.set, *by_loss])
     recipe.tasks = {arguments.task: recipe.tasks[arguments.task]}
     tuner, tokenizer = resolve_tuner(recipe), load_tokenizer(recipe)
-    data = rows.load_tasks(recipe)
+    data = rows.load_tasks(recipe, tokenizer)
 
     table = ["| learning rate | held-out loss | z ends within |", "| --- | ---: | --- |"]
     with tempfile.TemporaryDirectory() as folder:

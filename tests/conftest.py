@@ -66,15 +66,22 @@ def sums() -> Dataset:
 
 
 class Hub:
-    """A Hub on the loopback address: as much of its protocol as pushing and loading small files needs.
+    """A Hub on the loopback address: as much of its protocol as pushing and loading needs.
 
-    Every file counts as a regular one, so that it travels inside the commit, without LFS or xet. Wrong requests are
-    answered as the real Hub does where huggingface_hub looks at the answer: 404 with an error code, 409 for a
-    repository that exists.
+    Weights and pictures travel as on the real Hub without xet: announced in a batch, put to an address of their own,
+    verified, and named by their digest in the commit; they are fetched through a redirection. All else travels inside
+    the commit. Everybody writes to their own namespace only, and nobody else sees what is private there. Wrong
+    requests are answered as by the real Hub where huggingface_hub looks at the answer.
     """
 
     def __init__(self) -> None:
         self.commits: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
+        self.private: set[str] = set()
+        self.datasets: set[str] = set()
+        self.users = {"hf_loopback": "me", "hf_stranger": "stranger"}
+        self.objects: dict[str, bytes] = {}  # what was put, by its digest
+        self.verified: set[str] = set()
+        self.unwelcome: set[bytes] = set()  # what is refused when it is put
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -91,9 +98,12 @@ class Hub:
         history = self.commits.get(repository, [])
         return next((c for c in reversed(history) if revision in ("main", c[0])), None)
 
-    def environment(self, home: Path) -> dict[str, str]:
-        """Return the variables with which a new process uses this Hub, and `home` as its cache."""
-        settings = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_loopback"}
+    def environment(self, home: Path, token: str = "hf_loopback") -> dict[str, str]:
+        """Return the variables with which a new process uses this Hub, and `home` as its cache.
+
+        `token` is one of `users`, or "" for nobody.
+        """
+        settings = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_TOKEN": token}
         switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         return os.environ | settings | switches | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -116,39 +126,132 @@ class HubHandler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def refuse(self, code: str) -> None:
-        self.answer({"error": code}, 404, X_Error_Code=code, X_Error_Message=code)
+    def refuse(self, code: str, status: int = 404) -> None:
+        self.answer({"error": code}, status, X_Error_Code=code, X_Error_Message=code)
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def user(self) -> str | None:
+        """Who asks: None for nobody, "" for a token that is not known."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        return self.hub.users.get(token, "") if token else None
+
+    def may_write(self, repository: str) -> bool:
+        """Whether who asks owns the repository; if not, this has answered."""
+        user = self.user()
+        if not user:
+            self.answer({"error": "Unauthorized"}, 401, X_Error_Message="Invalid credentials in Authorization header")
+        elif repository.split("/")[0] != user:
+            self.answer({"error": "Forbidden"}, 403, X_Error_Message=f"You do not own {repository}")
+        elif repository not in self.hub.commits and not self.path.startswith("/api/repos/"):
+            self.refuse("RepoNotFound")
+        else:
+            return True
+        return False
+
+    def may_read(self, repository: str) -> bool:
+        """Whether who asks sees the repository; if not, this has answered."""
+        user = self.user()
+        if user == "":
+            self.answer({"error": "Unauthorized"}, 401, X_Error_Message="Invalid credentials in Authorization header")
+        elif repository not in self.hub.commits or (
+            repository in self.hub.private and repository.split("/")[0] != user
+        ):
+            self.refuse("RepoNotFound", 404 if user else 401)
+        else:
+            return True
+        return False
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.body()
         path = urlsplit(self.path).path
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            known = name in self.hub.commits
-            if not known:
-                self.hub.commit(name, {})
-            self.answer({"url": f"{self.hub.endpoint}/{name}", "name": name}, 409 if known else 200)
+            self.create(json.loads(body))
         elif path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
+        elif found := re.fullmatch(r"/lfs/verify/(\w+)", path):
+            known = len(self.hub.objects.get(found[1], b"")) == json.loads(body)["size"]
+            self.hub.verified |= {found[1]} if known else set()
+            self.answer({}, 200 if known else 404)
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            if self.may_write(found[1]):
+                self.answer({"transfer": "basic", "objects": [self.place(o) for o in json.loads(body)["objects"]]})
         elif found := re.fullmatch(r"/api/models/(.+?)/(preupload|commit)/main", path):
             repository, action = found.groups()
-            if repository not in self.hub.commits:
-                self.refuse("RepoNotFound")
-            elif action == "preupload":
-                paths = [file["path"] for file in json.loads(body)["files"]]
-                self.answer({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
+            if not self.may_write(repository):
+                return
+            if action == "preupload":
+                modes = {file["path"]: is_large(file["path"]) for file in json.loads(body)["files"]}
+                self.answer(
+                    {
+                        "files": [
+                            {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+                            for path, large in modes.items()
+                        ]
+                    }
+                )
             else:
-                steps = [json.loads(line) for line in body.splitlines()]
-                added = [step["value"] for step in steps if step["key"] == "file"]
-                removed = {step["value"]["path"]: None for step in steps if step["key"] == "deletedFile"}
-                sha = self.hub.commit(repository, removed | {a["path"]: b64decode(a["content"]) for a in added})
-                self.answer({"commitUrl": f"{self.hub.endpoint}/{repository}/commit/{sha}", "commitOid": sha})
+                self.commit(repository, [json.loads(line) for line in body.splitlines()])
         else:
             self.refuse("Unknown")
 
+    def do_PUT(self) -> None:
+        """Take a large file; its address is a secret of its own, so that no token comes with it."""
+        body, digest = self.body(), self.path.removeprefix("/lfs/")
+        if hashlib.sha256(body).hexdigest() != digest or body in self.hub.unwelcome:
+            return self.answer({"error": "the content is not what the address says, or not welcome"}, 400)
+        self.hub.objects[digest] = body
+        return self.answer(b"")
+
+    def create(self, asked: dict) -> None:
+        name = f"{asked.get('organization') or self.user()}/{asked['name']}"
+        if not self.may_write(name):
+            return
+        known = name in self.hub.commits
+        if not known:
+            self.hub.commit(name, {})
+            if asked.get("private") or asked.get("visibility") == "private":
+                self.hub.private.add(name)
+        self.answer({"url": f"{self.hub.endpoint}/{name}", "name": name}, 409 if known else 200)
+
+    def place(self, wanted: dict) -> dict:
+        """Where to put a large file; nowhere, if it is there."""
+        urls = {"upload": f"/lfs/{wanted['oid']}", "verify": f"/lfs/verify/{wanted['oid']}"}
+        actions = {name: {"href": self.hub.endpoint + url} for name, url in urls.items()}
+        return wanted if wanted["oid"] in self.hub.objects else wanted | {"actions": actions}
+
+    def commit(self, repository: str, steps: list[dict]) -> None:
+        changes: dict[str, bytes | None] = {}
+        for kind, value in ((step["key"], step["value"]) for step in steps):
+            if kind == "deletedFile":
+                changes[value["path"]] = None
+            elif kind == "file":
+                changes[value["path"]] = b64decode(value["content"])
+            elif kind == "lfsFile":
+                if value["oid"] not in self.hub.verified:
+                    return self.answer({"error": f"{value['path']} was not uploaded"}, 400)
+                changes[value["path"]] = self.hub.objects[value["oid"]]
+        sha = self.hub.commit(repository, changes)
+        return self.answer({"commitUrl": f"{self.hub.endpoint}/{repository}/commit/{sha}", "commitOid": sha})
+
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        if path == "/api/whoami-v2":
+            user = self.user()
+            return self.answer({"type": "user", "name": user, "orgs": []}, 200 if user else 401)
+        if found := re.fullmatch(r"/api/datasets/(.+?)(/revision/main)?", path):
+            known = found[1] in self.hub.datasets
+            return self.answer({"id": found[1]}) if known else self.refuse("RepoNotFound")
+        if found := re.fullmatch(r"/lfs/(\w+)", path):
+            return self.answer(self.hub.objects[found[1]], ETag=f'"{found[1]}"')
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
             repository, kind, revision = found.groups()
             name = None
@@ -156,22 +259,38 @@ class HubHandler(BaseHTTPRequestHandler):
             (repository, revision, name), kind = found.groups(), "file"
         else:
             return self.refuse("Unknown")
-        if repository not in self.hub.commits:
-            return self.refuse("RepoNotFound")
+        if not self.may_read(repository):
+            return None
         if (commit := self.hub.files(repository, revision or "main")) is None:
             return self.refuse("RevisionNotFound")
         sha, files = commit
         if kind == "file":
-            if name not in files:
-                return self.answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
-            etag = f'"{hashlib.sha1(files[name]).hexdigest()}"'
-            return self.answer(files[name], ETag=etag, X_Repo_Commit=sha)
+            return self.send_file(sha, files.get(name), is_large(name))
         listed = [{"type": "file", "path": p, "oid": sha, "size": len(files[p])} for p in sorted(files)]
         if kind == "tree":
             return self.answer(listed)
-        return self.answer({"id": repository, "sha": sha, "siblings": [{"rfilename": p["path"]} for p in listed]})
+        siblings = [{"rfilename": p["path"]} for p in listed]
+        private = repository in self.hub.private
+        return self.answer({"id": repository, "sha": sha, "private": private, "siblings": siblings})
+
+    def send_file(self, sha: str, content: bytes | None, large: bool) -> None:
+        if content is None:
+            return self.answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+        if not large:
+            return self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=sha)
+        digest = hashlib.sha256(content).hexdigest()
+        self.hub.objects[digest] = content  # also what a test committed itself
+        linked = {"X_Linked_ETag": f'"{digest}"', "X_Linked_Size": str(len(content))}
+        # Another host, as a store of large files is: huggingface_hub looks at the answers of the two differently.
+        store = self.hub.endpoint.replace("127.0.0.1", "localhost")
+        return self.answer(b"", 302, Location=f"{store}/lfs/{digest}", X_Repo_Commit=sha, **linked)
 
     do_HEAD = do_GET
+
+
+def is_large(path: str) -> bool:
+    """Whether a file travels apart from the commit, by the suffixes of a new repository's `.gitattributes`."""
+    return path.endswith((".safetensors", ".bin", ".png"))
 
 
 @pytest.fixture(scope="session")
@@ -186,3 +305,42 @@ def hub(tiny_model) -> Iterator[Hub]:
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory) -> Path:
+    """Files of three tasks: sums scored by exact match, letters by loss, and yes-or-no questions by choice."""
+    folder = tmp_path_factory.mktemp("tasks")
+    generator = random.Random(0)
+    digit = lambda: generator.randrange(10)  # noqa: E731
+    makers = {
+        "sums": lambda a, b: (f"{a}+{b}=", f"={a + b}"),
+        "letters": lambda a, b: (f"{'abcdefghij'[a]}-", "abcdefghij"[b]),
+        "larger": lambda a, b: (f"{a}-{b}?", "a" if a > b else "b"),
+    }
+    for name, make in makers.items():
+        for split, count in (("train", 24), ("test", 8)):
+            rows = [make(digit(), digit()) for _ in range(count)]
+            lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in rows]
+            (folder / f"{name}_{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def tree(tiny_model, task_folder, tmp_path) -> dict:
+    """A recipe as plain values."""
+    return {
+        "model": str(tiny_model),
+        "output": str(tmp_path / "run"),
+        "data": str(task_folder),
+        "tasks": {
+            "sums": {"metric": "exact_match", "answer": "=(.*)"},
+            "letters": {"train_samples": 16},
+            "larger": {"metric": "choice", "choices": ["a", "b"], "test_samples": 5},
+        },
+        "tuner": {"peft_type": "PROPULSION", "target_modules": ["q_proj", "v_proj", "down_proj"]},
+        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "disable_tqdm": True, "learning_rate": 0.01},
+        "core": {"percent": 10.0},
+        "evaluation": {"max_new_tokens": 4},
+        "report": {"picture": False},
+    }

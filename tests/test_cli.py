@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from peft_cpift import CoreRegion, find_core_region, fuse
 from peft_cpift.checkpoint import Checkpoint
-from peft_cpift.cli import _size, main
+from peft_cpift.cli import main
+from peft_cpift.cli.output import size
 from peft_cpift.core import CoreSearch
 from peft_cpift.fusion import FusionPlan, Rule
 
@@ -197,7 +198,7 @@ def test_core_says_beforehand_what_it_would_do(succeed, probes, monkeypatch):
     monkeypatch.setattr(Checkpoint, "part", lambda *_: pytest.fail("values were read"))
     before = files(probes)
     out = succeed("core", probes / "maths", "--percent", 10, "-o", probes / "x.safetensors", "--dry-run")
-    peak = _size(CoreSearch(probes / "maths", percent=10).peak_bytes)
+    peak = size(CoreSearch(probes / "maths", percent=10).peak_bytes)
     assert out == (
         f"would find 2 of 20 coordinates in 2 tensors, and write {probes / 'x.safetensors'}\n"
         f"reads 80 B, needs about {peak} of memory\n"
@@ -603,7 +604,7 @@ def test_progress_of_group_ends_at_all_that_is_compared(models, monkeypatch):
     ],
 )
 def test_sizes_in_words(count, text):
-    assert _size(count) == text
+    assert size(count) == text
 
 
 # In processes of their own

@@ -20,10 +20,18 @@ BELOW = {
     "baselines": {"fusion", "checkpoint", "errors"},
     "isolation": {"core", "errors"},
     "propulsion": {"errors"},
-    "report": {"checkpoint"},
+    "report": {"checkpoint", "errors"},
+    "hub": {"report", "checkpoint", "errors"},
     "demo": set(),
-    "pipeline": {"report", "fusion", "isolation", "core", "checkpoint", "propulsion", "errors"},
-    "cli": {"pipeline", "report", "fusion", "core", "checkpoint", "demo", "errors"},
+    "recipe": {"errors"},
+    "data": {"recipe", "errors"},
+    "processes": {"checkpoint"},
+    "evaluation": {"data", "recipe", "processes", "errors"},
+    "pipeline": {
+        *("recipe", "data", "evaluation", "processes", "report", "baselines", "fusion", "isolation", "core"),
+        *("checkpoint", "propulsion", "errors"),
+    },
+    "cli": {"pipeline", "recipe", "processes", "report", "hub", "fusion", "core", "checkpoint", "demo", "errors"},
     "__init__": {"baselines", "fusion", "isolation", "core", "propulsion", "errors"},
 }
 # These need no library of training, whose loading takes seconds; tests/test_import.py looks at what is really loaded.

@@ -1,88 +1,19 @@
-"""The command line: `cpift run`, `cpift demo`, and the single steps `cpift core`, `cpift group`, `cpift fuse`."""
+"""`cpift core`, `cpift group` and `cpift fuse`: the method's steps on folders that are there already."""
 
 from __future__ import annotations
 
-import datetime
-import gc
-import json
 import math
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
-from peft_cpift.errors import CpiftError, MismatchWarning, NoEffectWarning
+from peft_cpift.cli.output import AsJson, DryRun, import_torch, named, print_result, progress_bar, size
+from peft_cpift.errors import CpiftError
 
-# Commands import what they need themselves: --help should not wait for torch, nor the files' commands for PEFT.
-
-app = typer.Typer(
-    help="Core parameter isolation (CPI-FT): find what each task moved most, fuse, and fine-tune around it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+# Commands import what they need themselves: --help should not wait for torch, nor these for PEFT.
 
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print sizes and memory, and stop.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def main() -> None:
-    """Run the command line.
-
-    Exit codes: 0, all went well; 2, something in the call or its files is wrong, which the user can mend; 1, the disk
-    failed, as when it is full. Either is one line without a traceback.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = partial(_show_warning, warnings.showwarning)
-            app()
-    except (CpiftError, OSError) as error:
-        print(f"cpift: error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, CpiftError) else 1) from None
-
-
-@app.command()
-def run(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Keys to change, such as core.percent=0.5.")] = None,
-) -> None:
-    """Run the whole method as a recipe says, and write its folder and report."""
-    from peft_cpift.pipeline import read_recipe
-
-    _run(read_recipe(recipe, overrides or []))
-
-
-@app.command()
-def demo(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the demo's recipe to change.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to fill; by default a new one in runs/.")] = None,
-) -> None:
-    """Run the whole method on a tiny model that comes with the package; needs no network."""
-    import torch
-
-    from peft_cpift import demo
-    from peft_cpift.checkpoint.writer import check_free
-    from peft_cpift.pipeline import read_recipe
-
-    folder = output or Path("runs") / f"demo-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    paths = {"model": demo.MODEL, "data": folder / "data", "output": folder / "run"}
-    fixed = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]
-    recipe = read_recipe(demo.RECIPE, [*fixed, *(overrides or [])])
-    check_free(folder)
-    # So small a model gains nothing from a second thread, and loses much where another program wants the core.
-    torch.set_num_threads(1)
-    demo.write_tasks(folder / "data", train=demo.TRAIN_ROWS, test=demo.TEST_ROWS)
-    _run(recipe)
-
-
-@app.command()
 def core(
     tuned: Annotated[Path, typer.Argument(help="Checkpoint or adapter folder after fine-tuning on the task.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Region file to write (.safetensors).")],
@@ -99,7 +30,7 @@ def core(
     as_json: AsJson = False,
 ) -> None:
     """Find the core region of a task: the coordinates that fine-tuning moved most."""
-    _import_torch()
+    import_torch()
     from peft_cpift.core import CoreSearch
     from peft_cpift.core.region import check_free_region
 
@@ -124,25 +55,24 @@ def core(
         "peak_bytes": search.peak_bytes,
     }
     if dry_run:
-        _print(
+        print_result(
             plan,
             f"would find {search.wanted:,} of {search.total:,} coordinates in {len(search.shapes)} tensors, and write "
-            f"{output}\nreads {_size(search.bytes_to_read)}, needs about {_size(search.peak_bytes)} of memory",
+            f"{output}\nreads {size(search.bytes_to_read)}, needs about {size(search.peak_bytes)} of memory",
             as_json,
         )
         return
-    with _progress(search.bytes_to_read) as progress:
+    with progress_bar(search.bytes_to_read) as progress:
         region = search.run(progress)
     region.save(output)
     tensors = f"{len(region.indices)} of {len(region.shapes)} tensors"
-    _print(
+    print_result(
         {**plan, "coordinates": len(region), "core_tensors": len(region.indices)},
         f"{output}: {len(region):,} of {region.total:,} coordinates, in {tensors}",
         as_json,
     )
 
 
-@app.command()
 def group(
     cores: Annotated[list[str], typer.Argument(help="Core regions as task=FILE.")],
     threshold: Annotated[float, typer.Option(help="Jaccard index from which tasks are joined.")] = 0.1,
@@ -150,22 +80,24 @@ def group(
     as_json: AsJson = False,
 ) -> None:
     """Group tasks whose core regions overlap."""
-    named = _named(cores)
-    _import_torch()
+    given = named(cores)
+    import_torch()
     from peft_cpift.core import CoreRegion, measure_overlap
     from peft_cpift.core.overlap import check_comparable, check_threshold, connected_tasks
 
     check_threshold(threshold)
-    regions = {task: CoreRegion.load(file) for task, file in named.items()}
+    regions = {task: CoreRegion.load(file) for task, file in given.items()}
     check_comparable(regions.values())
     shapes = {name: shape for region in regions.values() for name, shape in region.shapes.items()}
     total = sum(map(math.prod, shapes.values()))
     if dry_run:
         sizes = {task: len(region) for task, region in regions.items()}
         lines = "\n".join(f"{task}: {size:,} of {regions[task].total:,} coordinates" for task, size in sizes.items())
-        _print({"threshold": threshold, "coordinates": sizes}, f"would compare, by {threshold}\n{lines}", as_json)
+        print_result(
+            {"threshold": threshold, "coordinates": sizes}, f"would compare, by {threshold}\n{lines}", as_json
+        )
         return
-    with _progress(total, unit="coordinates") as progress:
+    with progress_bar(total, unit="coordinates") as progress:
         overlap = measure_overlap(regions, progress=progress)
     matrix = overlap.jaccard()
     groups = connected_tasks(overlap.tasks, matrix, threshold)
@@ -174,7 +106,7 @@ def group(
         f"{task.ljust(width)} {' '.join(f'{value:.3f}' for value in row)}"
         for task, row in zip(regions, matrix, strict=True)
     ]
-    _print(
+    print_result(
         {
             "tasks": overlap.tasks,
             "jaccard": matrix,
@@ -188,8 +120,7 @@ def group(
     )
 
 
-@app.command(name="fuse")
-def fuse_(
+def fuse(
     tasks: Annotated[list[str], typer.Argument(help="Fine-tuned folders as task=FOLDER, in the order of folding.")],
     cores: Annotated[list[str], typer.Option("--core", help="Core region as task=FILE; once for each task.")],
     start: Annotated[Path, typer.Option(help="Folder from which coordinates outside all cores start.")],
@@ -214,17 +145,17 @@ def fuse_(
     as_json: AsJson = False,
 ) -> None:
     """Fuse fine-tuned folders: cores transplanted, all else interpolated spherically."""
-    folders, files = _named(tasks), _named(cores)
+    folders, files = named(tasks), named(cores)
     by_task = None
     if weights:
-        given = {task: _number(value, f"--weight {task}") for task, value in _named(weights, "task=NUMBER").items()}
+        given = {task: _number(value, f"--weight {task}") for task, value in named(weights, "task=NUMBER").items()}
         by_task = dict.fromkeys(folders, 1.0) | given
     by_pattern = {}
     for pattern, settings in map(_override, overrides or []):
         if pattern in by_pattern:
             raise CpiftError(f"'{pattern}' is given twice")
         by_pattern[pattern] = settings
-    torch = _import_torch()
+    torch = import_torch()
     from peft_cpift.fusion import FusionPlan, Rule
 
     kind = getattr(torch, dtype, None) if dtype else None
@@ -246,63 +177,24 @@ def fuse_(
     )
     sizes = {key: getattr(plan, key) for key in ("bytes_to_read", "bytes_to_write", "peak_bytes")}
     if dry_run:
-        _print(
+        print_result(
             {"output": str(output), "tensors": len(plan.rules), **sizes},
             f"would fuse {len(plan.rules)} tensors of {len(folders)} tasks, and write {output}\n"
-            f"reads {_size(plan.bytes_to_read)} (each tensor twice, the second time mostly from the system's cache), "
-            f"writes {_size(plan.bytes_to_write)}, needs about {_size(plan.peak_bytes)} of memory",
+            f"reads {size(plan.bytes_to_read)} (each tensor twice, the second time mostly from the system's cache), "
+            f"writes {size(plan.bytes_to_write)}, needs about {size(plan.peak_bytes)} of memory",
             as_json,
         )
         return
-    with _progress(plan.bytes_to_read) as progress:
+    with progress_bar(plan.bytes_to_read) as progress:
         report = plan.run(progress)
     worst = max(report.errors.values(), default=0.0) if report.errors is not None else None
-    _print(
+    print_result(
         {"output": str(output), **sizes, **report.to_dict()},
         f"{output}: {report.core:,} coordinates transplanted ({report.conflicts:,} in several cores), "
         f"{report.linear_folds} of {report.folds} interpolations linear"
         + (f", at rank {rank} within {worst:.1%} of the fused change" if worst is not None else ""),
         as_json,
     )
-
-
-def _run(recipe) -> None:
-    import datasets
-    import transformers
-
-    from peft_cpift.pipeline import run
-    from peft_cpift.report.page import score_table
-
-    # One bar a training and an evaluation is progress; one for every tokenizing and loading of a small file is noise.
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    report = run(recipe)
-    print("\n" + score_table(json.loads((report / "report.json").read_text())))
-    print(f"\nreport:  {report / 'report.md'}")
-    if recipe.report.picture:
-        print(f"picture: {report / 'report.png'}")
-
-
-def _named(pairs: list[str], form: str = "task=PATH") -> dict[str, str]:
-    named: dict[str, str] = {}
-    for pair in pairs:
-        name, found, value = pair.partition("=")
-        if not found or not name or not value:
-            raise CpiftError(f"'{pair}' is not of the form {form}")
-        if name in named:
-            raise CpiftError(f"'{name}' is given twice")
-        named[name] = value
-    return named
-
-
-def _import_torch() -> ModuleType:
-    """Import torch without looking for garbage among its objects, which stay to the end: 0.2 of 0.9 seconds."""
-    gc.disable()
-    import torch
-
-    gc.freeze()
-    gc.enable()
-    return torch
 
 
 def _number(text: str, what: str) -> float:
@@ -318,38 +210,5 @@ def _override(text: str) -> tuple[str, dict[str, Any]]:
     if not found:
         raise CpiftError(f"--override '{text}' is not of the form PATTERN:key=value,key=value")
     numbers = ("start_weight", "omega", "linear_above")
-    settings = _named(pairs.split(","), "key=value")
+    settings = named(pairs.split(","), "key=value")
     return pattern, {k: _number(v, f"--override {k}") if k in numbers else v for k, v in settings.items()}
-
-
-@contextmanager
-def _progress(total: int, unit: str = "B") -> Iterator[Callable[[int], object]]:
-    """A bar on standard error, if that is a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=unit, unit_scale=True, disable=None) as bar:
-        yield bar.update
-
-
-def _print(content: dict[str, Any], text: str, as_json: bool) -> None:
-    print(json.dumps(content) if as_json else text)
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def _show_warning(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
-    """Ours are for the user, who has nothing from the line of code that raised them."""
-    if issubclass(category, NoEffectWarning | MismatchWarning):
-        print(f"cpift: warning: {message}", file=sys.stderr)
-    else:
-        show(message, category, *place)
-
-
-if __name__ == "__main__":
-    main()

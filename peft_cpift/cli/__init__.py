@@ -1,0 +1,58 @@
+"""The command line: the whole method from a recipe (`cpift run` and its kin), and its single steps on folders."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import typer
+
+from peft_cpift.cli import files, runs
+from peft_cpift.errors import CpiftError, MismatchWarning, NoEffectWarning
+
+app = typer.Typer(
+    help="Core parameter isolation (CPI-FT): find what each task moved most, fuse, and fine-tune around it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+FROM_A_RECIPE = "From a recipe"
+app.command(rich_help_panel=FROM_A_RECIPE)(runs.init)
+app.command(rich_help_panel=FROM_A_RECIPE, cls=runs.WithKeys)(runs.validate)
+app.command(rich_help_panel=FROM_A_RECIPE, cls=runs.WithKeys)(runs.run)
+app.command(rich_help_panel=FROM_A_RECIPE)(runs.probe)
+app.command(rich_help_panel=FROM_A_RECIPE)(runs.demo)
+ON_A_RUN = "With a run's folder"
+app.command(rich_help_panel=ON_A_RUN)(runs.report)
+app.command(rich_help_panel=ON_A_RUN)(runs.compare)
+app.command(rich_help_panel=ON_A_RUN)(runs.push)
+ON_FOLDERS = "On checkpoints and adapters of your own"
+app.command(rich_help_panel=ON_FOLDERS)(files.core)
+app.command(rich_help_panel=ON_FOLDERS)(files.group)
+app.command(rich_help_panel=ON_FOLDERS)(files.fuse)
+
+
+def main() -> None:
+    """Run the command line.
+
+    Exit codes: 0, all went well; 2, something in the call or its files is wrong, which the user can mend; 1, the disk
+    failed, as when it is full. Either is one line without a traceback.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            app()
+    except (CpiftError, OSError) as error:
+        print(f"cpift: error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, CpiftError) else 1) from None
+
+
+def _show_warning(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Ours are for the user, who has nothing from the line of code that raised them."""
+    if issubclass(category, NoEffectWarning | MismatchWarning):
+        print(f"cpift: warning: {message}", file=sys.stderr)
+    else:
+        show(message, category, *place)

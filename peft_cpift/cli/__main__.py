@@ -1,0 +1,5 @@
+"""`python -m peft_cpift.cli`, as `accelerate launch -m` wants it."""
+
+from peft_cpift.cli import main
+
+main()

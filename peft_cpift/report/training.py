@@ -83,7 +83,7 @@ def _costs(models: list[dict[str, Any]], trainable: int) -> Table:
     head += ["peak memory"] * memory + ["processes"] * several
     caption = "Every training: loss is the mean over its steps, frozen are coordinates held fixed."
     if memory:
-        caption += " Memory is the GPU's."
+        caption += " Memory is the accelerator's; without one, the process's highest so far."
     return Table(caption, head, rows, frozenset({len(rows) - 1}))
 
 

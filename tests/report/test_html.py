@@ -42,7 +42,7 @@ class Page(HTMLParser):
 
     def parse_starttag(self, i):
         end = super().parse_starttag(i)
-        self.cell = self.tags[-1][0] in ("td", "th", "strong", "small")
+        self.cell = self.tags[-1][0] in ("td", "th", "strong", "small", "wbr")
         return end
 
     def handle_endtag(self, tag):

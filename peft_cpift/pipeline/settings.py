@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
+import reprlib
 import tempfile
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_config
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 import peft_cpift.propulsion  # noqa: F401 - makes PROPULSION a PEFT type
 from peft_cpift.errors import CpiftError
 from peft_cpift.fusion.inputs import FUSABLE_ADAPTERS
+from peft_cpift.pipeline.engine import check_engine
 from peft_cpift.recipe.tree import Recipe
 
+_SCORES = "every model is scored when its stage ends, as the recipe's evaluation says"
+_BEST = "a stage's last model is its result"
+_PUSH = "use the recipe's push"
+_RESUME = "a run that is started again goes on by itself"
+_ENGINE = "give it to accelerate launch, by --config_file"
+_ROWS = "what a row is trained on is said by the tasks"
 # Fields of SFTConfig that a run sets itself or cannot honour, and what to do instead.
 REFUSED_SETTINGS = {
     "output_dir": "use the recipe's output",
     "seed": "use the recipe's seed",
     "data_seed": "use the recipe's seed",
     "model_init_kwargs": "use the recipe's dtype and trust_remote_code",
-    "eval_strategy": "every model is scored when its stage ends",
-    "load_best_model_at_end": "a stage's last model is its result",
-    "save_only_model": "a stage that was cut off could not go on from such a checkpoint",
-    "resume_from_checkpoint": "a run that is started again goes on by itself",
-    "include_num_input_tokens_seen": "a run counts tokens by itself",
-    "push_to_hub": "use the recipe's push",
+    "trust_remote_code": "use the recipe's trust_remote_code",
     "chat_template_path": "use the recipe's chat_template",
+    "auto_find_batch_size": "it trains otherwise on each machine: use per_device_train_batch_size",
+    "include_num_input_tokens_seen": "a run counts tokens by itself",
     "eos_token": "completions end in the tokenizer's own",
+    "pad_token": "it is the tokenizer's own",
     "truncation_mode": "rows are cut at their end",
-    "deepspeed": "give it to accelerate launch, by --config_file",
-    "fsdp": "give it to accelerate launch, by --config_file",
-    "fsdp_config": "give it to accelerate launch, by --config_file",
+    **dict.fromkeys(("dataset_text_field", "dataset_kwargs", "assistant_only_loss"), _ROWS),
+    **dict.fromkeys(("do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"), _SCORES),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_packing"), _SCORES),
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), _BEST),
+    "save_only_model": "a stage that was cut off could not go on from such a checkpoint",
+    "ignore_data_skip": "a stage that was cut off would see rows twice",
+    "enable_jit_checkpoint": "a training that it cuts off looks complete, and without it a run goes on by itself too",
+    **dict.fromkeys(("resume_from_checkpoint", "restore_callback_states_from_checkpoint"), _RESUME),
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_revision"), _PUSH),
+    **dict.fromkeys(("hub_private_repo", "hub_always_push"), _PUSH),
+    "hub_token": "a recipe is kept beside the results, so log in by `hf auth login`",
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _ENGINE),
 }
 # Fields that change nothing in what a training comes to, but only what is logged and kept on the way.
 WITHOUT_EFFECT = {
     "disable_tqdm",
     "log_level",
+    "log_level_replica",
+    "log_on_each_node",
     "logging_first_step",
     "logging_nan_inf_filter",
     "logging_steps",
@@ -52,10 +71,31 @@ WITHOUT_EFFECT = {
     "save_strategy",
     "save_total_limit",
     "dataloader_num_workers",
+    "dataloader_persistent_workers",
     "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
     "dataset_num_proc",
+    "ddp_timeout",
+    "skip_memory_metrics",
+    "torch_empty_cache_steps",
 }
-POSITIVE_SETTINGS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+_POSITIVE, _NOT_NEGATIVE = Field(gt=0, lt=math.inf), Field(ge=0, lt=math.inf)
+_COUNT, _BETA = Field(ge=1), Field(ge=0, lt=1)
+# What SFTConfig lets pass, for an optimizer to fail on or to train with.
+RANGES = {
+    "learning_rate": _POSITIVE,
+    "num_train_epochs": _POSITIVE,
+    "per_device_train_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "max_length": Field(ge=2),
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "adam_beta1": _BETA,
+    "adam_beta2": _BETA,
+}
+# How long a training is: the first of the two counts where both are set.
+LENGTH = ("max_steps", "num_train_epochs")
 # Two names of one field: transformers 5.23 brought the first, and reads the second only where the first is not set.
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 PROPULSION_LEARNING_RATE = 1e-3
@@ -65,17 +105,28 @@ STAGES = ("probe", "multi_stage", "integration", "baselines")
 
 def resolve_all(recipe: Recipe, tuner: PeftConfig | None) -> dict[str, dict[str, Any]]:
     """The SFTConfig fields of every stage that trains; see `resolve_settings`."""
+    for name in LENGTH:
+        if name in recipe.baselines.training:
+            raise CpiftError(
+                f"'baselines.training.{name}' has no effect: baselines see as many tokens as all stages of the method "
+                "together, so remove it"
+            )
     own = {
-        "probe": recipe.probe.training,
-        "multi_stage": recipe.fusion.training,
-        "integration": recipe.integration.training,
-        "baselines": recipe.baselines.training,
+        "probe": (recipe.probe.training, "probe"),
+        "multi_stage": (recipe.fusion.training, "fusion"),
+        "integration": (recipe.integration.training, "integration"),
+        "baselines": (recipe.baselines.training, "baselines"),
     }
-    return {stage: resolve_settings(recipe, tuner, own[stage]) for stage in STAGES}
+    return {stage: resolve_settings(recipe, tuner, *own[stage]) for stage in STAGES}
 
 
-def resolve_settings(recipe: Recipe, tuner: PeftConfig | None, stage: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_settings(
+    recipe: Recipe, tuner: PeftConfig | None, stage: Mapping[str, Any], section: str = "probe"
+) -> dict[str, Any]:
     """The SFTConfig fields of a stage: its own, over the recipe's, over what this machine and tuner call for.
+
+    Args:
+        section: where the stage's own stand in the recipe, for messages.
 
     Raises:
         CpiftError: a field that SFTConfig has not, that the run sets itself, or whose value SFTConfig rejects.
@@ -91,14 +142,29 @@ def resolve_settings(recipe: Recipe, tuner: PeftConfig | None, stage: Mapping[st
         settings |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
     if tuner is not None and tuner.peft_type == "PROPULSION":
         settings["learning_rate"] = PROPULSION_LEARNING_RATE
-    settings |= _check_fields({**recipe.training, **stage})
+    common, own = _check_fields(recipe.training, "training"), _check_fields(stage, f"{section}.training")
+    for names in (LENGTH, CHECKPOINTING):
+        if own.keys() & set(names):  # of such two, one counts whatever the other says
+            common = {name: value for name, value in common.items() if name not in names}
+    settings |= common | own
     if not settings.keys() & set(CHECKPOINTING):
         settings[next(name for name in CHECKPOINTING if hasattr(SFTConfig, name))] = False
     try:
         with tempfile.TemporaryDirectory() as folder:
-            SFTConfig(output_dir=folder, **settings)
+            args = SFTConfig(output_dir=folder, **settings)
     except (TypeError, ValueError) as error:
-        raise CpiftError(f"training fields rejected by SFTConfig: {' '.join(str(error).split())}") from error
+        where = f"'training' with '{section}.training'" if stage else "'training'"
+        raise CpiftError(f"training fields rejected by SFTConfig, {where}: {' '.join(str(error).split())}") from error
+    check_engine(args)
+    for name in set(args.report_to) - set(get_available_reporting_integrations() if args.report_to else ()):
+        raise CpiftError(
+            f"training field 'report_to' names '{name}', which is not installed here: install or remove it"
+        )
+    packing, length = setting(settings, "packing"), setting(settings, "max_length")
+    if packing and length is None:
+        raise CpiftError("training field 'packing' needs a 'max_length' to pack to: give one, or take packing out")
+    if setting(settings, "padding_free") and not packing and length is not None:
+        raise CpiftError("training field 'padding_free' cuts no rows: set 'max_length' to null, or 'packing' to true")
     return settings
 
 
@@ -116,7 +182,7 @@ def resolve_tuner(recipe: Recipe) -> PeftConfig | None:
     if recipe.tuner == "full":
         return None
     kind = recipe.tuner.get("peft_type")
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise CpiftError(f"'tuner.peft_type' is {kind!r}, which PEFT does not know: use PROPULSION, or tuner: full")
     if not fuses_by_coordinate(recipe) and recipe.integration.schedule != "none":
         raise CpiftError(
@@ -135,25 +201,25 @@ def fuses_by_coordinate(recipe: Recipe) -> bool:
     return recipe.tuner == "full" or recipe.tuner.get("peft_type") in FUSABLE_ADAPTERS
 
 
-def _check_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _check_fields(fields: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The given fields of SFTConfig, converted to their types; SFTConfig itself takes any value for most of them."""
     types = get_type_hints(SFTConfig)
+    names = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
     checked = {}
     for name, value in fields.items():
+        key = " ".join(f"training field '{path}.{name}'".split())
         if name in REFUSED_SETTINGS:
-            raise CpiftError(f"training field '{name}' is not for a recipe: {REFUSED_SETTINGS[name]}")
-        if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
+            raise CpiftError(f"{key} is not for a recipe: {REFUSED_SETTINGS[name]}")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
             cure = f"did you mean '{near[0]}'?" if near else "see the fields of trl.SFTConfig"
-            raise CpiftError(f"unknown training field '{name}': {cure}")
+            raise CpiftError(f"unknown {key}: {cure}")
         try:
-            checked[name] = TypeAdapter(types[name]).validate_python(value)
+            checked[name] = TypeAdapter(Annotated[types[name], RANGES.get(name)]).validate_python(value)
         except ValidationError as error:
-            raise CpiftError(f"training field '{name}': {error.errors()[0]['msg']}, got {value!r}") from None
-        if name in POSITIVE_SETTINGS and not 0 < checked[name] < math.inf:
-            raise CpiftError(f"training field '{name}' must be positive, got {value!r}")
-    if checked.get("max_steps", -1) < 1 and checked.get("max_steps", -1) != -1:
-        raise CpiftError(f"training field 'max_steps' must be at least 1, or -1 for none, got {fields['max_steps']!r}")
-    if checked.get("max_length") is not None and checked["max_length"] < 2:
-        raise CpiftError(f"training field 'max_length' must be at least 2, got {fields['max_length']!r}")
+            raise CpiftError(f"{key}: {error.errors()[0]['msg']}, got {reprlib.repr(value)}") from None
+    if checked.get("max_steps", 1) < 1 and checked["max_steps"] != -1:
+        raise CpiftError(f"training field '{path}.max_steps' must be at least 1, or -1 for none")
+    if checked.get("save_strategy") == "best":
+        raise CpiftError(f"training field '{path}.save_strategy' cannot be best: {_BEST}")
     return checked

@@ -50,15 +50,15 @@ def describe(section: type, name: str) -> str:
 
 
 def list_keys() -> str:
-    """Every key of a recipe with its first sentence, a section after the other."""
+    """Every key of a recipe and what it does, a section after the other."""
     lines = ["", "Keys of a recipe, which key=value changes:", ""]
     for path, section in sections():
         if path:
-            lines += ["", f"{path}: {_lower(section.__doc__)}"]
+            lines += ["", *_wrap(f"{path}: {_lower(section.__doc__)}", subsequent_indent="  ")]
         for field in dataclasses.fields(section):
             if not _is_section(field.type, f"{path}.{field.name}".lstrip(".")):
-                text = f"{field.name.ljust(20)} {_first_sentence(describe(section, field.name))}"
-                lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent=" " * 23)
+                text = f"{field.name.ljust(20)} {describe(section, field.name)}"
+                lines += _wrap(text, initial_indent="  ", subsequent_indent=" " * 23)
     return "\n".join(lines) + "\n"
 
 
@@ -83,7 +83,7 @@ def _write(section: type, path: str, given: Mapping[str, Any], *, active: bool =
         inner = next((where for where in (key, f"{key}.<task>") if where in known), None)
         text = describe(section, field.name)
         lines.append("\n" if not path else "")
-        lines += [f"{indent}# {line}\n" for line in textwrap.wrap(text, WIDTH - len(indent))]
+        lines += [f"{line}\n" for line in _wrap(text, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         # An empty section is as if it were not there, so that each of its keys can be switched on by itself.
         on = required or key in given or (inner is not None and field.default is not None) or key == "tasks.<task>.hub"
@@ -122,10 +122,12 @@ def _headline(section: type, name: str) -> str:
     return kinds[0].__doc__ if kinds else ""
 
 
-def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=\.)\s", text)[0].rstrip(".")
+def _wrap(text: str, **indents: str) -> list[str]:
+    """Lines, in which a command such as `pip install 'peft-cpift[code]'` is not broken at its hyphen."""
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False, **indents)
 
 
 def _lower(text: str) -> str:
-    text = _first_sentence(text)
+    """The first sentence, to go on with after a colon."""
+    text = re.split(r"(?<=\.)\s", " ".join(text.split()))[0].rstrip(".")
     return text[0].lower() + text[1:]

@@ -20,21 +20,44 @@ from peft_cpift.recipe.tree import Recipe
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which makes nothing but plain values, with two traps of YAML 1.1 taken away."""
+    """YAML's safe loader, which makes nothing but plain values, with the traps of YAML 1.1 taken away."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}  # which plain words are not text; filled below
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """Refuse tags, such as `!!set`: a recipe needs none of what they make."""
+        event = self.peek_event()
+        if getattr(event, "tag", None):
+            raise yaml.composer.ComposerError(None, None, f"'{event.tag}' is a tag: remove it", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Refuse a key that is given twice, where YAML would keep the last in silence."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"key '{key.value}' is given twice"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Depth first, whatever is asked for: so what contains itself is an error."""
+        return super().construct_object(node, deep=True)
 
 
-# YAML 1.1 takes a number as common as 5e-3 for a string, because it has no point.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
-)
+# As YAML 1.2 has it. In YAML 1.1 `yes` is true, 5e-3 a text, 010 eight, 1:30 ninety, and 2024-01-01 a date.
+for _kind, _pattern, _first in (
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", "[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", "<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_pattern})$"), list(_first))
 
 
 def read_recipe(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
@@ -46,14 +69,13 @@ def read_recipe(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
 
     Raises:
         CpiftError: the file cannot be read, or a key is unknown, missing, of the wrong kind or contradicts another;
-            the message names every such key by its path.
+            the message names every such key by its path, and of contradictions the first.
     """
     try:
-        tree = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_Loader)
+        text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CpiftError(f"cannot read recipe {file}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise CpiftError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
+    tree = _load(text, f"recipe {file}")
     if not isinstance(tree, dict):
         raise CpiftError(f"recipe {file} is not a mapping of keys to values: see recipes/ for examples")
     for override in overrides:
@@ -66,38 +88,59 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
     try:
         return TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:
-        raise CpiftError("; ".join(_explain(problem) for problem in error.errors())) from None
+        raise CpiftError(_one_line("; ".join(_explain(problem) for problem in error.errors()))) from None
+
+
+def _load(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise CpiftError(_one_line(f"{what} is not YAML: {error.problem}{place}")) from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last is a number of thousands of digits
+        raise CpiftError(_one_line(f"{what} is not YAML: {error}")) from error
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     path, found, text = override.partition("=")
     if not found or not path:
-        raise CpiftError(f"'{override}' is not of the form key=value, for instance core.percent=0.5")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise CpiftError(f"the value of '{path}' is not YAML: {' '.join(str(error).split())}") from error
-    *parents, last = path.split(".")
-    for key in parents:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise CpiftError(f"'{override}': '{key}' has no keys below it")
-    tree[last] = value
+        raise CpiftError(_one_line(f"'{override}' is not of the form key=value, for instance core.percent=0.5"))
+    value = _load(text, f"the value of '{path}'")
+    while "." in path and path not in tree:
+        # A task's name may have dots of its own.
+        known = [key for key in tree if isinstance(key, str) and path.startswith(f"{key}.")]
+        key = max(known, key=len, default=path.partition(".")[0])
+        path = path.removeprefix(f"{key}.")
+        if not isinstance(tree.get(key) or {}, dict):
+            raise CpiftError(_one_line(f"'{override}': '{key}' has no keys below it"))
+        tree[key] = dict(tree.get(key) or {})  # a copy, for YAML's aliases make one mapping stand in several places
+        tree = tree[key]
+    tree[path] = value
 
 
 def _explain(problem: dict[str, Any]) -> str:
-    # pydantic also names the branch of a union, and marks a mapping's key, which are no part of the user's path.
-    path = [str(part) for part in problem["loc"] if not re.match(r"(literal|dict|list)\[|\[key\]", str(part))]
-    where = ".".join(path) or "recipe"
+    *parents, last = problem["loc"] or ("",)
     if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+        path = [*_path(parents), str(last)]
         near = _nearest(path)
-        return f"unknown key '{where}'" + (f": did you mean '{near}'?" if near else ": remove it")
+        return f"unknown key '{'.'.join(path)}'" + (f": did you mean '{near}'?" if near else ": remove it")
+    where = ".".join(_path(problem["loc"])) or "recipe"
     if problem["type"] in {"missing", "missing_argument"}:
         return f"missing key '{where}'"
     message = problem["msg"].removeprefix("Value error, ")
     if where == "recipe" or problem["type"] == "value_error":
         return message if where == "recipe" else f"'{where}': {message}"
     return f"'{where}': {message}, got {reprlib.repr(problem['input'])}"
+
+
+def _path(location: Sequence[str | int]) -> list[str]:
+    """The user's path: pydantic also names the branch of a union, and marks a mapping's key."""
+    return [str(part) for part in location if not re.match(r"(literal|dict|list)(\[|$)|\[key\]", str(part))]
+
+
+def _one_line(text: str) -> str:
+    """Whatever keys and values contain."""
+    return " ".join(text.split())
 
 
 def sections(tree: type = Recipe, path: str = "") -> Iterator[tuple[str, type]]:
@@ -112,9 +155,9 @@ def sections(tree: type = Recipe, path: str = "") -> Iterator[tuple[str, type]]:
 def _nearest(path: list[str]) -> str | None:
     """The key most like the last of a path: one of the same section, or else of any, with its path."""
     known = {where: [field.name for field in dataclasses.fields(tree)] for where, tree in sections()}
-    section = ".".join(path[:-1] if path[0] != "tasks" else ["tasks", "<task>", *path[2:-1]])
-    if near := difflib.get_close_matches(path[-1], known.get(section, []), n=1):
+    section, name = ".".join(path[:-1] if path[0] != "tasks" else ["tasks", "<task>", *path[2:-1]]), path[-1].lower()
+    if near := difflib.get_close_matches(name, known.get(section, []), n=1):
         return near[0]
     paths = {name: f"{where}.{name}".lstrip(".") for where, names in reversed(known.items()) for name in names}
-    near = difflib.get_close_matches(path[-1], paths, n=1)
+    near = difflib.get_close_matches(name, paths, n=1)
     return paths[near[0]] if near else None

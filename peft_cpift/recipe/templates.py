@@ -28,6 +28,10 @@ def _check(text: str) -> str:
         TEMPLATES.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"is not a Jinja template: {error.message}") from error
+    except (SyntaxError, RecursionError) as error:  # of the Python that Jinja makes of it
+        raise ValueError(f"is too deeply nested for a Jinja template: {error}") from error
+    if any(True for _ in jinja2.meta.find_referenced_templates(TEMPLATES.parse(text))):
+        raise ValueError("takes in another template, which a recipe cannot hold")
     return text
 
 

@@ -7,16 +7,31 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from huggingface_hub.utils import validate_repo_id
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from peft_cpift.recipe.templates import Template, variables
 
 # The text under a field is its description, for whoever reads the tree by its schema.
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Count = Annotated[int, Field(ge=1)]
-Settings = dict[str, Any]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # files are named after it
+
+
+def _not_a_switch(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {str(value).lower()}")
+    return value
+
+
+def _filled(section: object) -> object:
+    return {} if section is None else section  # as a section is in YAML whose keys are all commented out
+
+
+Integer = Annotated[int, BeforeValidator(_not_a_switch)]
+Number = Annotated[float, BeforeValidator(_not_a_switch)]
+Count = Annotated[Integer, Field(ge=1)]
+Settings = Annotated[dict[str, JsonValue], BeforeValidator(_filled)]
 
 
 @dataclass(config=STRICT)
@@ -68,7 +83,7 @@ class Task:
     """Rows to train on, drawn by the seed; all by default."""
     test_samples: Count | None = None
     """Rows to score on, drawn by the seed; all by default."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Its weight in the fusion, next to the other tasks' and the start's."""
     metric: Literal["loss", "exact_match", "choice", "codebleu"] = "loss"
     """`loss`: exp(-mean loss per token of the held-out completions), a probability. `exact_match`: share of greedy
@@ -98,7 +113,7 @@ class Task:
                 raise ValueError("'answer' is for metric 'exact_match' only: remove it or change the metric")
             try:
                 groups = re.compile(self.answer).groups
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"'answer' is not a regular expression: {error}") from error
             if groups < 1:
                 raise ValueError("'answer' has no group: put the part that is the answer in parentheses")
@@ -117,7 +132,7 @@ class Probe:
 class Core:
     """Stage 1: what is core."""
 
-    percent: Annotated[float, Field(gt=0, le=100)] = 1.0
+    percent: Annotated[Number, Field(gt=0, le=100)] = 1.0
     """p: the share of all coordinates, in percent."""
     scope: Literal["global", "tensor"] = "global"
     """`global`: the largest moves of all tensors together (the paper); `tensor`: p percent of each tensor."""
@@ -129,7 +144,7 @@ class Core:
 class Grouping:
     """Stage 2: which tasks train together, and in which order."""
 
-    threshold: Annotated[float, Field(ge=0, le=1)] = 0.1
+    threshold: Annotated[Number, Field(ge=0, le=1)] = 0.1
     """tau: tasks whose cores have at least this Jaccard index are joined."""
     order: Literal["random", "difficulty", "overlap", "dependency"] | list[list[str]] = "random"
     """Order of the groups. `random`: shuffled by the seed (the paper). `difficulty`: easy first, by the probes'
@@ -154,13 +169,14 @@ class Fusion:
     """theta_base: `multi_stage`, the end of a plain fine-tuning over the groups in their order (the paper);
     `last_probe`, that of the last task of the last group; `pretrained`, the parameters before any training; or a
     folder with such parameters."""
-    start_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    start_weight: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 1.0
     """The start's own weight in the interpolation; 0 forgets it outside the cores."""
     conflict: Literal["largest_update", "last", "mean"] = "largest_update"
-    """What a coordinate in several cores takes."""
+    """What a coordinate in several cores takes: `largest_update`, of the task that moved it most; `last`, of the last
+    of these tasks; or their `mean`."""
     space: Literal["weights", "delta"] = "weights"
-    """Interpolate the weights (the paper), or their differences from the start of training."""
-    omega: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Interpolate the `weights` (the paper), or as `delta` their differences from the start of training."""
+    omega: Annotated[Number, Field(ge=0, le=1)] | None = None
     """A fixed factor for every task; by default all tasks and the start count by their weights."""
     training: Settings = dataclasses.field(default_factory=dict)
     """Fields of TRL's SFTConfig for `start: multi_stage`, over the recipe's own `training`."""
@@ -173,7 +189,7 @@ class Integration:
     schedule: Literal["staged", "mixed", "none"] = "staged"
     """`staged`: group by group with the cores of earlier groups frozen (the paper). `mixed`: all at once with every
     core frozen. `none`: the fused model is the result."""
-    calibration_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
+    calibration_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.25
     """Share of the smallest task's training rows that is drawn from every task."""
     dynamic_regions: bool = False
     """Find after each stage what the stage itself moved most, `core.percent` of all coordinates, and freeze that as
@@ -199,11 +215,18 @@ class Baselines:
     heuristic_stages: list[list[str]] | None = None
     """Stages as you would choose them, trained one after another."""
     merge: list[Literal["linear", "ties", "dare_linear", "dare_ties"]] = dataclasses.field(default_factory=list)
-    """The probes merged in other ways, without training."""
-    density: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The probes merged in other ways, without training: a list of `linear`, `ties`, `dare_linear`, `dare_ties`."""
+    density: Annotated[Number, Field(gt=0, le=1)] = 0.2
     """Share of each task's changes that `ties` and `dare_*` keep."""
     training: Settings = dataclasses.field(default_factory=dict)
-    """Fields of TRL's SFTConfig, over the recipe's own `training`."""
+    """Fields of TRL's SFTConfig, over the recipe's own `training`; how long they train is not among them."""
+
+    @model_validator(mode="after")
+    def _agree(self):
+        twice = next((method for method in self.merge if self.merge.count(method) > 1), None)
+        if twice is not None:
+            raise ValueError(f"'merge' lists {twice} twice: list each once")
+        return self
 
 
 @dataclass(config=STRICT)
@@ -214,7 +237,7 @@ class LmEval:
     """Names of its tasks, such as `arc_easy`."""
     limit: Count | None = None
     """Rows of each task; all by default."""
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    num_fewshot: Annotated[Integer, Field(ge=0)] | None = None
     """Examples in the prompt; each task's own number by default."""
     include_path: Path | None = None
     """A folder with tasks of your own. It can name Python functions, so use only what you trust."""
@@ -226,7 +249,7 @@ class Evaluation:
 
     batch_size: Count = 16
     """Rows at once."""
-    max_length: Annotated[int, Field(ge=2)] = 1024
+    max_length: Annotated[Integer, Field(ge=2)] = 1024
     """Tokens of prompt and completion beyond which the loss is not taken."""
     max_new_tokens: Count = 64
     """Longest generation, for `exact_match` and `codebleu`."""
@@ -253,6 +276,12 @@ class Push:
     base_model: str | None = None
     """For an adapter whose `model` is a local folder: the name on the Hub of the model that it is for."""
 
+    @field_validator("repository")
+    @classmethod
+    def _allowed(cls, repository: str) -> str:
+        validate_repo_id(repository)
+        return repository
+
 
 SECTIONS = ("probe", "core", "grouping", "fusion", "integration", "baselines", "evaluation", "report")
 
@@ -265,12 +294,12 @@ class Recipe:
     """A causal language model: a folder, or a name on the Hub."""
     output: Path
     """The run's folder. The same command started again goes on where an earlier one stopped."""
-    tasks: dict[Name, Task]
+    tasks: dict[Name, Annotated[Task, BeforeValidator(_filled)]]
     """Two or more tasks by name."""
     revision: str | None = None
     """The model's branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """In which the model is loaded; `auto` is as it was saved."""
+    """In which the model is loaded: `float32`, `bfloat16`, `float16`, or `auto`, as it was saved."""
     trust_remote_code: bool = False
     """Whether the model may bring Python code of its own."""
     data: Path | None = None
@@ -283,9 +312,11 @@ class Recipe:
     """`model`, the one that comes with the model's tokenizer, or a Jinja file. Prompts become a user's message and
     completions the answer. Without it texts are used as they are. What the template puts before an answer, such as an
     empty block of thoughts, counts as the prompt, and dates are fixed."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
     """Of sampling, shuffling and training."""
-    tuner: Literal["full"] | Settings = dataclasses.field(default_factory=lambda: {"peft_type": "PROPULSION"})
+    tuner: Literal["full"] | dict[str, JsonValue] = dataclasses.field(
+        default_factory=lambda: {"peft_type": "PROPULSION"}
+    )
     """`full`, or a PEFT configuration by its `peft_type` and fields."""
     training: Settings = dataclasses.field(default_factory=dict)
     """Fields of TRL's SFTConfig for every training of the run; each stage's own go over them."""
@@ -301,8 +332,8 @@ class Recipe:
 
     @field_validator(*SECTIONS, mode="before")
     @classmethod
-    def _filled(cls, section: object) -> object:
-        return {} if section is None else section  # as a section is in YAML whose keys are all commented out
+    def _sections(cls, section: object) -> object:
+        return _filled(section)
 
     @field_validator("tasks")
     @classmethod
@@ -341,6 +372,8 @@ class Recipe:
         weighted = next((name for name, task in self.tasks.items() if task.weight != 1), None)
         if self.fusion.omega is not None and weighted is not None:
             raise ValueError(f"fusion.omega fixes what tasks.{weighted}.weight would decide: give one of the two")
+        if self.fusion.omega is not None and self.fusion.start_weight != 1:
+            raise ValueError("fusion.omega fixes what fusion.start_weight would decide: give one of the two")
         return self
 
     def to_dict(self) -> dict[str, Any]:

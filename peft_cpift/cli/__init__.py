@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,6 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+PACKAGE = Path(__file__).parents[1]
+GRACE = 5
+"""Seconds for which a process leaves it to the first one to say what is wrong."""
 FROM_A_RECIPE = "From a recipe"
 app.command(rich_help_panel=FROM_A_RECIPE)(runs.init)
 app.command(rich_help_panel=FROM_A_RECIPE, cls=runs.WithKeys)(runs.validate)
@@ -40,19 +46,27 @@ def main() -> None:
 
     Exit codes: 0, all went well; 2, something in the call or its files is wrong, which the user can mend; 1, the disk
     failed, as when it is full. Either is one line without a traceback.
+
+    Of several processes the first one has the word. What another one fails at, the first one mostly fails at too, and
+    then the launcher ends the other while it waits; only what it meets alone it says itself.
     """
+    others = int(os.environ.get("RANK", "0")) > 0
     try:
         with warnings.catch_warnings():
+            if others:
+                warnings.simplefilter("ignore")
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
             app()
     except (CpiftError, OSError) as error:
+        if others:
+            time.sleep(GRACE)
         print(f"cpift: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, CpiftError) else 1) from None
 
 
 def _show_warning(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
     """Ours are for the user, who has nothing from the line of code that raised them."""
-    if issubclass(category, NoEffectWarning | MismatchWarning):
+    if issubclass(category, NoEffectWarning | MismatchWarning) or Path(place[0]).is_relative_to(PACKAGE):
         print(f"cpift: warning: {message}", file=sys.stderr)
     else:
         show(message, category, *place)

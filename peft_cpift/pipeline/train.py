@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
+from accelerate.utils import release_memory
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
@@ -22,7 +23,9 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_cpift.errors import CpiftError
 from peft_cpift.isolation import CoreIsolationCallback
+from peft_cpift.pipeline.engine import KeepsDtypes, gather_state
 from peft_cpift.pipeline.models import load_model, save_model
+from peft_cpift.processes import on_main
 from peft_cpift.recipe.tree import Recipe
 
 LOGGED = ("loss", "learning_rate", "grad_norm", "cpift/masked_grad_norm", "cpift/frozen_fraction")
@@ -78,7 +81,26 @@ def train(
         CpiftError: the loss or a trained parameter is not finite.
     """
     args = SFTConfig(output_dir=checkpoints, seed=recipe.seed, **settings)
-    model = load_model(recipe, start)
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # a process has one device; the Trainer would make of several a larger batch, in DataParallel
+    training, accelerator = _train(args, recipe, tokenizer, start, rows, output, frozen)
+    accelerator.free_memory()
+    release_memory()  # again, since the accelerator itself was the last to know the model, in many a cycle
+    return training
+
+
+def _train(
+    args: SFTConfig,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    start: Path,
+    rows: Dataset,
+    output: Path,
+    frozen: Sequence[Path],
+) -> tuple[Training, Accelerator]:
+    """See `train`; when this has returned, nothing but the accelerator knows of the model."""
+    checkpoints = Path(args.output_dir)
+    model = load_model(recipe, start, to_train=True)
     isolation = [CoreIsolationCallback(list(frozen))] if frozen else []
     record = _Record()
     trainer = _Trainer(
@@ -88,40 +110,44 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(_Bar)
+    trainer.add_callback(KeepsDtypes(model))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    last = last_checkpoint(checkpoints)
-    with trainer.accelerator.main_process_first():
-        _remove_incomplete(checkpoints, last)
+    last = on_main(lambda: _keep_last(checkpoints))
     result = trainer.train(resume_from_checkpoint=str(last) if last else None)
-    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     loss = record.loss / result.global_step
-    if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in trained):
-        raise _diverged(loss)
-    accelerator = trainer.accelerator
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    state = accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
-    if accelerator.is_main_process:
-        save_model(accelerator.unwrap_model(model), tokenizer, output, state)
+    state = gather_state(model)
+    on_main(lambda: _save(model, tokenizer, output, state, loss))
     training = Training(
         steps=result.global_step,
-        examples=round(trainer.state.epoch * len(trainer.train_dataset)),
+        examples=_rows_seen(result.global_step, len(trainer.train_dataset), args),
         tokens=int(trainer.state.num_input_tokens_seen),
         loss=loss,
         learning_rate=args.learning_rate,
         seconds=record.seconds,
         frozen=len(isolation[0].frozen) if isolation else 0,
         peak_memory=_peak_memory(),
-        processes=accelerator.num_processes,
+        processes=args.world_size,
         logs=[
             {"step": entry["step"], **{key: entry[key] for key in LOGGED if key in entry}}
             for entry in trainer.state.log_history
             if "loss" in entry
         ],
     )
-    del model
-    accelerator.free_memory()  # the next model is loaded before Python would let go of this one by itself
-    return training
+    return training, trainer.accelerator
+
+
+def _save(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    state: dict[str, torch.Tensor] | None,
+    loss: float,
+) -> None:
+    tensors = model.parameters() if state is None else state.values()
+    if not math.isfinite(loss) or not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise _diverged(loss)
+    save_model(model, tokenizer, output, state)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -141,10 +167,22 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def _remove_incomplete(folder: Path, last: Path | None) -> None:
+def _keep_last(folder: Path) -> Path | None:
+    """The last complete checkpoint, all others being removed."""
+    last = last_checkpoint(folder)
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if path != last:
             shutil.rmtree(path, ignore_errors=True)
+    return last
+
+
+def _rows_seen(steps: int, rows: int, args: SFTConfig) -> int:
+    """Rows in so many steps; those that fill up the last step of an epoch are not counted."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.dataloader_drop_last:
+        rows -= rows % (args.per_device_train_batch_size * args.world_size)
+    epochs, rest = divmod(steps, math.ceil(rows / batch))
+    return epochs * rows + rest * batch
 
 
 def _diverged(loss: float) -> CpiftError:
@@ -229,3 +267,8 @@ class _Trainer(SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         self.record.add(loss.detach())
         return loss
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that every process writes of a checkpoint; what the main one then writes makes it complete."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()

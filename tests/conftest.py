@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -25,6 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only costs
 ALPHABET = "0123456789+-=?abcdefghij "
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported from the searches for garbage, of which accelerate makes one in every training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

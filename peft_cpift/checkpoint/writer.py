@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -92,8 +92,9 @@ def complete_file(path: str | os.PathLike) -> Iterator[Path]:
 def remove_leftovers(path: str | os.PathLike) -> None:
     """Remove what killed processes left half written of `path`; for a caller that knows that none is at it now."""
     path = Path(path)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if leftover.suffix in (".part", ".old"):
+    form = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.(part|old)")  # what mkdtemp and complete_file make of it
+    for leftover in path.parent.iterdir() if path.parent.is_dir() else ():
+        if form.fullmatch(leftover.name):
             remove(leftover)
 
 

@@ -82,11 +82,13 @@ def probe(
 ) -> None:
     """Do one task's probe alone, as one of several jobs; `cpift run` goes on from them."""
     from peft_cpift.pipeline.run import probe
+    from peft_cpift.processes import part, say
     from peft_cpift.recipe.reading import read_recipe
 
     checked = read_recipe(recipe, overrides or [])
     _prepare_process()
-    print(probe(checked, task))
+    say(str(probe(checked, task)))
+    part()
 
 
 def demo(
@@ -156,11 +158,12 @@ def push(
 def _run(recipe, stop_after: Stage | None = None, begin: Stage | None = None, redo: bool = False) -> None:
     from peft_cpift.hub import push_run
     from peft_cpift.pipeline.run import run
-    from peft_cpift.processes import is_main
+    from peft_cpift.processes import is_main, part
     from peft_cpift.report.page import read_report, score_table
 
     _prepare_process()
     folder = run(recipe, stop_after=stop_after and stop_after.value, begin=begin and begin.value, redo=redo)
+    part()
     report = folder / "report"
     if not is_main():
         return

@@ -24,7 +24,8 @@ def describe(run: Run) -> dict[str, Any]:
     """
     recipe = run.recipe
     parameters = count_parameters(recipe, run.tuner)
-    found = run.steps.read("groups.json")
+    stale = run.stale()
+    found = None if "groups.json" in stale else run.steps.read("groups.json")
     order = recipe.grouping.order
     groups = order if isinstance(order, list) else found["result"]["groups"] if found else None
     stages = plan.probes(recipe)
@@ -43,7 +44,7 @@ def describe(run: Run) -> dict[str, Any]:
         "trainings": trainings,
         "tokens": sum(training["tokens"] for training in trainings),
         "done": list(run.steps.notes()),
-        "stale": run.stale(),
+        "stale": stale,
     }
 
 
@@ -85,11 +86,13 @@ def _describe(run: Run, stage: Stage) -> dict[str, Any]:
     steps = setting(fields, "max_steps")
     if steps <= 0:
         steps = math.ceil(setting(fields, "num_train_epochs") * in_epoch)
+    epochs, rest = divmod(steps, in_epoch)
+    seen = epochs * sequences + min(rest * batch, sequences)  # the last step of an epoch may be a small one
     return {
         "name": stage.name,
         "tasks": list(stage.tasks),
         "rows": len(lengths),
-        "tokens": round(sum(lengths) * steps / in_epoch),
+        "tokens": round(sum(lengths) * seen / sequences),
         "steps": steps,
         "batch": batch,
         "rate": setting(fields, "learning_rate"),

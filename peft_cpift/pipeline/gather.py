@@ -13,7 +13,7 @@ from peft_cpift.core import CoreRegion
 from peft_cpift.errors import CpiftError
 from peft_cpift.fusion.fuse import REPORT
 from peft_cpift.pipeline import plan
-from peft_cpift.pipeline.plan import Method, core_file
+from peft_cpift.pipeline.plan import Method, Stage, core_file
 from peft_cpift.pipeline.steps import Steps
 from peft_cpift.recipe.reading import parse_recipe
 from peft_cpift.recipe.tree import Recipe
@@ -31,6 +31,8 @@ def gather(folder: Path) -> dict[str, Any]:
         recipe = parse_recipe(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
     except OSError as error:
         raise CpiftError(f"{folder} is not the folder of a run: it has no recipe.yaml") from error
+    except yaml.YAMLError as error:
+        raise CpiftError(f"{folder / 'recipe.yaml'} is damaged: start cpift run with your recipe again") from error
     notes = _Notes(folder)
     start = notes[plan.START]["result"]
     found = notes["groups.json"]["result"]
@@ -49,8 +51,8 @@ def gather(folder: Path) -> dict[str, Any]:
         "format": FORMAT,
         "recipe": recipe.to_dict(),
         "versions": start["versions"],
-        "settings": {stage.settings: notes[stage.path]["settings"]["training"] for stage in trained},
-        "tasks": start["tasks"],
+        "settings": {stage.settings: _settings(stage, notes) for stage in trained},
+        "tasks": notes["tasks"]["result"]["tasks"],
         "parameters": start["parameters"],
         "tensors": {name: math.prod(shape) for name, shape in next(iter(cores.values())).shapes.items()},
         "cores": {
@@ -100,6 +102,13 @@ class _Notes:
 
     def warnings(self) -> list[str]:
         return [text for note in self.found.values() for text in note["result"].get("warnings", [])]
+
+
+def _settings(stage: Stage, notes: _Notes) -> dict[str, Any]:
+    fields = notes[stage.path]["settings"]["training"]
+    # How long a baseline trains follows from the tokens of the method, whatever these say.
+    unused = ("max_steps", "num_train_epochs") if stage.settings == "baselines" else ()
+    return {name: value for name, value in fields.items() if name not in unused}
 
 
 def _chains(recipe: Recipe, groups: list[list[str]]) -> list[Method]:

@@ -26,6 +26,7 @@ from peft_cpift.evaluation.evaluate import evaluate, measure_losses, normalised_
 from peft_cpift.evaluation.harness import score_harness
 from peft_cpift.fusion import fuse
 from peft_cpift.pipeline import plan
+from peft_cpift.pipeline.engine import engine
 from peft_cpift.pipeline.gather import gather
 from peft_cpift.pipeline.models import count_parameters, load_model, make_start
 from peft_cpift.pipeline.plan import Stage, core_file
@@ -62,16 +63,19 @@ class Maker:
         self.calibration = rows.calibration_sets(data, recipe.integration.calibration_fraction, recipe.seed)
 
     def start(self) -> Result:
-        """theta_0, and what is to be known of the model and the data."""
+        """theta_0, and what is to be known of the model."""
 
         def make() -> Result:
-            tasks = self._describe_tasks()
             parameters = count_parameters(self.recipe, self.tuner)
             with complete_folder(self.folder / plan.START) as folder:
                 make_start(self.recipe, self.tuner, self.tokenizer, folder)
-            return {"parameters": parameters, "versions": versions(), "tasks": tasks}
+            return {"parameters": parameters, "versions": versions()}
 
         return on_main(make)
+
+    def tasks(self) -> Result:
+        """How many rows and tokens each task has."""
+        return on_main(lambda: {"tasks": self._describe_tasks()})
 
     def training(self, stage: Stage, made_from: Mapping[str, Any]) -> Result:
         """A fine-tuned model.
@@ -87,6 +91,8 @@ class Maker:
         train_rows = parts[0] if stage.settings == "probe" else rows.mixture(parts, self.recipe.seed)
         say(f"\n{stage.name}: {_announce(len(train_rows), fields, len(stage.frozen))}")
         checkpoints = self.steps.work(stage.path)
+        # A checkpoint of other processes is cut up otherwise, and its steps were of another batch.
+        made_from = {**made_from, "processes": PartialState().num_processes, "engine": engine()}
         on_main(lambda: _claim(checkpoints, made_from))
         with output_folder(self.folder / stage.path) as folder:
             training = train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from peft_cpift.checkpoint.reader import ADAPTER_CONFIG
+from peft_cpift.checkpoint.reader import ADAPTER_CONFIG, Checkpoint
 from peft_cpift.errors import CpiftError
+from peft_cpift.pipeline.engine import whole_models
 from peft_cpift.recipe.tree import Recipe
 
 
@@ -33,8 +35,31 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(recipe: Recipe, folder: Path | None = None) -> torch.nn.Module:
-    """The recipe's base model, or what `folder` holds: a whole model, or an adapter put on the base model."""
+def identify(folder: str) -> str | None:
+    """What tells one model or adapter in a local folder from another; None for a name on the Hub.
+
+    Of safetensors it is a digest of names, shapes and some of every tensor's values, of other files their sizes.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        return None
+    try:
+        return Checkpoint(path).digest
+    except CpiftError:  # not safetensors, or quantized
+        return " ".join(sorted(f"{file.name}:{file.stat().st_size}" for file in path.iterdir() if file.is_file()))
+
+
+def load_model(recipe: Recipe, folder: Path | None = None, *, to_train: bool = False) -> torch.nn.Module:
+    """The recipe's base model, or what `folder` holds: a whole model, or an adapter put on the base model.
+
+    Every process gets all of it, and it must fit into one process's memory and on its device. A model `to_train` is
+    loaded as the engine that trains it wants it.
+    """
+    with nullcontext() if to_train else whole_models():
+        return _load_model(recipe, folder)
+
+
+def _load_model(recipe: Recipe, folder: Path | None) -> torch.nn.Module:
     adapter = folder is not None and (folder / ADAPTER_CONFIG).is_file()
     if folder is None or adapter:
         model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **_source(recipe))

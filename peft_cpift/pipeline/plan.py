@@ -12,6 +12,8 @@ from peft_cpift.recipe.tree import Recipe
 START = "start"
 TRAINED = ("probes/", "multi_stage/", "stages/")
 """Where the trainings of the method itself are; those of the baselines are elsewhere."""
+OWN_STARTS = ("multi_stage", "last_probe", "pretrained")
+"""Starts of the fusion that the run makes by itself."""
 
 
 @dataclass(frozen=True)

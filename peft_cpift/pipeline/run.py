@@ -29,18 +29,19 @@ from typing import Any
 import yaml
 from huggingface_hub import get_token
 
-from peft_cpift.checkpoint import complete_file
+from peft_cpift.checkpoint import Checkpoint, complete_file
 from peft_cpift.checkpoint.writer import remove_leftovers
 from peft_cpift.data import tasks as rows
 from peft_cpift.errors import CpiftError
 from peft_cpift.evaluation.evaluate import check_metrics
 from peft_cpift.evaluation.harness import check_harness
+from peft_cpift.fusion.inputs import open_merged, open_own
 from peft_cpift.pipeline import plan
 from peft_cpift.pipeline.failures import explained
 from peft_cpift.pipeline.make import Maker
-from peft_cpift.pipeline.models import load_tokenizer
+from peft_cpift.pipeline.models import identify, load_tokenizer
 from peft_cpift.pipeline.plan import Stage, core_file
-from peft_cpift.pipeline.settings import WITHOUT_EFFECT, resolve_all, resolve_tuner
+from peft_cpift.pipeline.settings import WITHOUT_EFFECT, fuses_by_coordinate, resolve_all, resolve_tuner
 from peft_cpift.pipeline.steps import Step, Steps
 from peft_cpift.processes import on_main, say
 from peft_cpift.recipe.tree import Recipe
@@ -83,11 +84,12 @@ class Run:
         self.folder = recipe.output
         self.tuner = resolve_tuner(recipe)
         self.settings = resolve_all(recipe, self.tuner)
-        _check_files(recipe)
+        on_main(lambda: _check_files(recipe))  # alone: it looks at the folder that it then fills
         check_metrics(recipe)
         if recipe.evaluation.lm_eval is not None:
             check_harness(recipe.evaluation.lm_eval)
         self.tokenizer = load_tokenizer(recipe)
+        self.weights = identify(recipe.model)
         self.data = rows.load_tasks(recipe, self.tokenizer)
         self.steps = Steps(self.folder)
         self.maker = Maker(recipe, self.tuner, self.settings, self.tokenizer, self.data, self.steps)
@@ -96,9 +98,16 @@ class Run:
 
     def run(self, *, stop_after: str | None = None, begin: str | None = None, redo: bool = False) -> Path:
         """See `run`."""
-        on_main(lambda: self._prepare(begin, redo))
         last = STAGES.index(stop_after or STAGES[-1])
-        if not self._do(self._before_groups(), last):
+        if begin is not None and STAGES.index(begin) > last:
+            raise CpiftError(
+                f"nothing to do from '{begin}' on if the run stops after '{stop_after}': give one of them"
+            )
+        on_main(lambda: self._prepare(begin, redo))
+        first, *others = self._before_groups()
+        self._do([first])
+        on_main(self._check_fusion_start)
+        if not self._do(others, last):
             return self.folder
         self._do(self._after_groups(self.steps.results["groups.json"]["groups"]), last)
         return self.folder
@@ -130,8 +139,12 @@ class Run:
         """What is done in the run's folder, but otherwise than the recipe now says, and why."""
         steps = self.known_steps()
         stale, known = self.steps.stale(steps), {step.path for step in steps}
-        reason = "the recipe has it no longer" if "report" in known else "after groups.json"
-        return stale | {path: reason for path in self.steps.notes() if path not in known}
+        open_stages = () if "report" in known else STAGES[STAGES.index("group") + 1 :]
+        for path, note in self.steps.notes().items():
+            if path not in known:
+                later = note["stage"] in open_stages
+                stale[path] = "after groups.json" if later else "the recipe has it no longer"
+        return stale
 
     def _do(self, steps: Sequence[Step], last: int = len(STAGES)) -> bool:
         """Do steps up to a stage; whether these were all."""
@@ -147,15 +160,18 @@ class Run:
 
     def _prepare(self, begin: str | None, redo: bool) -> None:
         """Find what was made otherwise, remove what is to be done again, and keep the recipe."""
+        again: list[str] = []
         if begin is not None:
-            again = STAGES[STAGES.index(begin) :]
-            self.steps.forget(path for path, note in self.steps.notes().items() if note["stage"] in again)
-        stale = self.stale()
+            stages = STAGES[STAGES.index(begin) :]
+            done = [path for path, note in self.steps.notes().items() if note["stage"] in stages]
+            begun = [step.path for step in self.known_steps() if step.stage in stages]
+            again = list(dict.fromkeys([*done, *begun]))
+        stale = {path: reason for path, reason in self.stale().items() if path not in again}
         if not redo:
             self._check_stale(stale)
         for path, reason in stale.items():
             say(f"to do again: {path} ({reason})")
-        self.steps.forget(reversed(list(stale)))
+        self.steps.forget([*again, *reversed(list(stale))])
         self._write_recipe()
 
     def _check_stale(self, stale: dict[str, str]) -> None:
@@ -167,6 +183,17 @@ class Run:
                 "steps again, or choose another output"
             )
 
+    def _check_fusion_start(self) -> None:
+        """Raise CpiftError if the user's own start of the fusion has other tensors than theta_0."""
+        start = self.recipe.fusion.start
+        if start in plan.OWN_STARTS:
+            return
+        opened = open_own if fuses_by_coordinate(self.recipe) else partial(open_merged, base=None)
+        try:
+            opened(start, {}, self.folder / plan.START)
+        except CpiftError as error:
+            raise CpiftError(f"'fusion.start' {start} does not fit: {error}") from error
+
     def _write_recipe(self) -> None:
         remove_leftovers(self.folder / "recipe.yaml")
         with complete_file(self.folder / "recipe.yaml") as file:
@@ -175,9 +202,10 @@ class Run:
     def _before_groups(self) -> list[Step]:
         recipe, maker = self.recipe, self.maker
         keys = ("model", "revision", "dtype", "tuner", "seed", "chat_template")
-        settings = {key: getattr(recipe, key) for key in keys}
+        settings = {key: getattr(recipe, key) for key in keys} | {"weights": self.weights}
         steps = [
             Step(plan.START, "probe", maker.start, settings),
+            Step("tasks", "probe", maker.tasks, self._tasks_settings(), leaves_file=False),
             self._scored("base", plan.START, "probe", harness=True),
         ]
         probes = plan.probes(recipe)
@@ -221,6 +249,7 @@ class Run:
                 steps += self._trained(stage, "baselines", budget, harness=stage is method.stages[-1])
         for name in recipe.baselines.merge:
             path, settings = plan.merge_folder(name), {"density": recipe.baselines.density, "seed": recipe.seed}
+            settings["tasks"] = list(recipe.tasks)
             after = (plan.START, *(f"probes/{task}" for task in recipe.tasks))
             steps.append(Step(path, "baselines", partial(maker.merge, name, path), settings, after))
             steps.append(self._scored(f"merge {name}", path, "baselines", harness=True))
@@ -231,6 +260,7 @@ class Run:
         recipe, start = self.recipe, plan.fusion_start(self.recipe, groups)
         order = [task for group in groups for task in group]
         settings = {key: value for key, value in dataclasses.asdict(recipe.fusion).items() if key != "training"}
+        settings["start_digest"] = identify(start) if os.path.isabs(start) else None
         settings["weights"] = {task: recipe.tasks[task].weight for task in order}
         inputs = [plan.START, *(f"probes/{task}" for task in order), *map(core_file, order)]
         own = () if os.path.isabs(start) else (start,)
@@ -243,6 +273,7 @@ class Run:
         """A training, and its model's scores."""
         fields = {key: value for key, value in self.settings[stage.settings].items() if key not in WITHOUT_EFFECT}
         settings = {"training": fields, "rows": self._rows(stage.tasks), "seed": self.recipe.seed}
+        settings["tasks"] = list(stage.tasks)  # their order is that of the rows before they are shuffled
         if stage.calibration:
             settings["calibration_rows"] = len(next(iter(self.maker.calibration.values())))
         after = tuple(dict.fromkeys((stage.start, *stage.frozen, *others)))
@@ -264,6 +295,11 @@ class Run:
         settings = {"evaluation": evaluation, "tasks": tasks, "rows": rows}
         make = partial(self.maker.scores, name, path, harness=harness)
         return Step(f"scores/{path}", part, make, settings, (path,), leaves_file=False)
+
+    def _tasks_settings(self) -> dict[str, Any]:
+        test_rows = {task: data.test_digest for task, data in self.data.items()}
+        rows = {"train_rows": self._rows(self.recipe.tasks), "test_rows": test_rows}
+        return {**rows, "max_length": self.maker.max_length("probe"), "tasks": list(self.recipe.tasks)}
 
     def _rows(self, tasks: Sequence[str]) -> dict[str, str]:
         return {task: self.data[task].train_digest for task in tasks}
@@ -295,5 +331,7 @@ def _check_files(recipe: Recipe) -> None:
             f"an adapter on the Hub must name its model there, and {recipe.model} is a folder: give push.base_model"
         )
     start = recipe.fusion.start
-    if start not in ("multi_stage", "last_probe", "pretrained") and not Path(start).is_dir():
-        raise CpiftError(f"fusion.start is '{start}': use multi_stage, last_probe, pretrained, or an existing folder")
+    if start not in plan.OWN_STARTS:
+        if not Path(start).is_dir():
+            raise CpiftError(f"fusion.start is '{start}': use {', '.join(plan.OWN_STARTS)}, or an existing folder")
+        Checkpoint(start)

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from peft_cpift.checkpoint.writer import remove, remove_leftovers, write_json
 from peft_cpift.errors import CpiftError
-from peft_cpift.processes import is_main
+from peft_cpift.processes import is_main, on_main, share
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,10 @@ class Steps:
 
         If another run is making it, this waits for it.
         """
-        (note,) = broadcast_object_list([self.read(step.path) if is_main() else None])
+        note = on_main(lambda: self.read(step.path))
         if note is None:
             with self._lock(step.path) if is_main() else nullcontext():
-                (note,) = broadcast_object_list([self.read(step.path) if is_main() else None])
+                note = on_main(lambda: self.read(step.path))
                 if note is None:
                     note = self._make(step)
         elif is_main():
@@ -118,7 +117,7 @@ class Steps:
         """Do a step and note it."""
         if is_main():
             self._clear(step.path, but_work=True)
-        began = time.time()
+        began = time.perf_counter()
         result = step.make()
         note = None
         if is_main():
@@ -128,12 +127,11 @@ class Steps:
                 "settings": _plain(step.settings),
                 "after": {path: self.read(path)["id"] for path in step.after},
                 "result": _plain(result),
-                "seconds": time.time() - began,
+                "seconds": time.perf_counter() - began,
             }
             write_json(self._note(step.path), note)
             self._remove_work(step.path)
-        (note,) = broadcast_object_list([note])
-        return note
+        return share(note)
 
     def work(self, path: str) -> Path:
         """The folder for a step's unfinished work, which is removed when the step is done."""
@@ -151,9 +149,12 @@ class Steps:
         work = self.work(path)
         remove(work)
         for parent in work.parents[: len(Path(path).parts)]:  # `checkpoints` itself with the last one
-            if not parent.is_dir() or any(parent.iterdir()):
+            if not parent.is_dir():
                 break
-            parent.rmdir()
+            try:
+                parent.rmdir()
+            except OSError:  # other work is in it, or it is a link of the user's own
+                break
 
     @contextmanager
     def _lock(self, path: str) -> Iterator[None]:

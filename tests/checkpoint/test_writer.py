@@ -27,7 +27,7 @@ from transformers import LlamaForCausalLM
 from peft_cpift import CpiftError
 from peft_cpift.checkpoint import Checkpoint, write_tensors
 from peft_cpift.checkpoint.header import DTYPES
-from peft_cpift.checkpoint.writer import check_free, complete_file, complete_folder, write_json
+from peft_cpift.checkpoint.writer import check_free, complete_file, complete_folder, remove_leftovers, write_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -429,3 +429,15 @@ def test_an_interrupt_while_a_folder_is_replaced_leaves_one_of_the_two(tmp_path,
         (folder / "note.txt").write_text("new")
     assert (target / "note.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_leftovers_of_one_name_are_removed_and_no_others(tmp_path):
+    for name in (".a.x1_y.part", ".a.42.part", ".a.zz.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
+    kept = ["a", ".a.b.x1.part", ".b.x1.part", ".a.part", ".a.x1.lock", "a.x1.part"]
+    for name in kept:
+        (tmp_path / name).write_text("x")
+    remove_leftovers(tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    remove_leftovers(tmp_path / "missing" / "a")

@@ -8,7 +8,6 @@ of the isolation are taken out to show what each is for: the frozen coordinates 
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -287,15 +286,6 @@ def spoil(model: nn.Module) -> nn.Module:
         if parameter.requires_grad:
             parameter.data.fill_(0.5)
     return model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_objects_to_collect():
-    """Let the garbage collector, which every Trainer calls, pass over the modules imported so far: 0.3 s a call."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

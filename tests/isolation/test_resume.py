@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,15 +31,6 @@ ADAPTERS = {
 }
 FIGURES = ("cpift/frozen_fraction", "cpift/masked_grad_norm")
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Spare the garbage collection with which each training begins the millions of objects of the libraries."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

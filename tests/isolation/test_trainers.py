@@ -7,11 +7,10 @@ gradient that autograd gives on the same batch. Schedules are watched by a callb
 
 from __future__ import annotations
 
-import gc
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import pytest
@@ -68,15 +67,6 @@ COMMON = {
     "disable_tqdm": True,
 }
 FIGURES = {"cpift/frozen_fraction", "cpift/masked_grad_norm"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Spare the garbage collection with which each training begins the millions of objects of the libraries."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def load(folder, adapter: PeftConfig | None = None) -> nn.Module:

@@ -18,9 +18,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from peft_cpift import CpiftError
 from peft_cpift.pipeline.run import STAGES, Run, probe, run
@@ -186,7 +188,7 @@ def test_a_changed_recipe_is_noticed_with_all_that_follows(tree, done, change, s
         model = path.removeprefix("scores/")
         if stages is None:
             expected = path.startswith("scores/") or path == "report"
-        elif model == "start":
+        elif model in ("start", "tasks"):
             expected = "seed" in change
         elif "fusion" in change and model.startswith("multi_stage/"):
             expected = False  # of the same stage, but before what changed
@@ -231,6 +233,17 @@ def test_data_that_changed_is_noticed(tree, done, task_folder, tmp_path):
     assert "scores/start" not in stale
 
 
+def test_a_model_that_was_replaced_in_its_folder_is_noticed(tree, tiny_model, tmp_path):
+    tree["model"] = str(shutil.copytree(tiny_model, tmp_path / "model"))
+    run(parse_recipe(tree), stop_after="probe")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][3] += 1
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    stale = Run(parse_recipe(tree)).stale()
+    assert stale["start"] == "weights changed"
+    assert stale["probes/sums"] == "after start"
+
+
 def test_a_result_that_was_removed_is_missed_with_what_follows(tree, done):
     shutil.rmtree(done / "fused")
     with pytest.raises(CpiftError, match=r"fused \(it is gone\), scores/fused \(after fused\)"):
@@ -267,12 +280,16 @@ def test_the_demo_killed_at_random_moments_ends_as_one_that_is_not(tmp_path):
 
     assert start(tmp_path / "whole").wait(600) == 0
     generator = random.Random(0)
+    recipe = tmp_path / "killed" / "run" / "recipe.yaml"
     kills = 0
     while True:
+        before = recipe.stat().st_mtime_ns if recipe.exists() else 0
         process = start(tmp_path / "killed")
+        # It is written when everything is read and checked, which takes longer than what may be left to do.
+        while process.poll() is None and (not recipe.exists() or recipe.stat().st_mtime_ns == before):
+            time.sleep(0.01)
         try:
-            # A start takes some seconds by itself.
-            assert process.wait(generator.uniform(5, 20)) == 0
+            assert process.wait(generator.uniform(0, 5)) == 0
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
@@ -281,3 +298,85 @@ def test_the_demo_killed_at_random_moments_ends_as_one_that_is_not(tmp_path):
     assert kills >= 20
     assert contents(tmp_path / "killed" / "run") == contents(tmp_path / "whole" / "run")
     assert figures(tmp_path / "killed" / "run") == figures(tmp_path / "whole" / "run")
+
+
+def test_a_task_that_comes_or_goes_leaves_the_others_probes_alone(tree):
+    tree |= {"fusion": {"start": "pretrained"}, "baselines": {"multi_task": False}}
+    two = {**tree, "tasks": {name: tree["tasks"][name] for name in ("sums", "letters")}}
+    folder = run(parse_recipe(two))
+    kept = {path: note for path, note in Steps(folder).notes().items() if path.startswith(("start", "probes/"))}
+    run(parse_recipe(tree), redo=True)
+    assert kept.items() <= Steps(folder).notes().items()
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert report["tasks"].keys() == {"sums", "letters", "larger"}
+    with pytest.raises(CpiftError, match=r"probes/larger \(the recipe has it no longer\)|and \d+ more; add --redo"):
+        run(parse_recipe(two))
+    run(parse_recipe(two), redo=True)
+    assert kept.items() <= Steps(folder).notes().items()
+    assert not [file for file in folder.rglob("*larger*") if not file.name.endswith(".lock")]
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert report["tasks"].keys() == {"sums", "letters"}
+
+
+def test_a_refused_command_removes_nothing(tree, done):
+    before, notes = contents(done), Steps(done).notes()
+    changed = parse_recipe({**tree, "core": {"percent": 20.0}})
+    with pytest.raises(CpiftError, match="add --redo"):
+        run(changed, begin="integrate")
+    with pytest.raises(CpiftError, match="nothing to do from 'integrate' on if the run stops after 'core'"):
+        run(parse_recipe(tree), begin="integrate", stop_after="core")
+    assert (contents(done), Steps(done).notes()) == (before, notes)
+
+
+def test_beginning_again_forgets_work_that_was_cut_off(tree, done, undisturbed):
+    """Else the stage would go on from the checkpoint that the user wants to be rid of."""
+    stage = next(path for path in Steps(done).notes() if path.startswith("stages/01"))
+    made_from = {key: Steps(done).read(stage)[key] for key in ("settings", "after")}
+    steps = Steps(done)
+    steps.forget([path for path, note in steps.notes().items() if note["stage"] in STAGES[4:]])
+    work = steps.work(stage)
+    work.mkdir(parents=True)
+    (work / "made_from.json").write_text(json.dumps(made_from))
+    (work / "checkpoint-2").mkdir()
+    (work / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')  # and nothing else: unusable
+    assert contents(run(parse_recipe(tree), begin="integrate")) == contents(undisturbed)
+
+
+def test_a_run_goes_on_where_it_was_moved_to(tree, tmp_path, undisturbed):
+    old = run(parse_recipe(tree), stop_after="core")
+    notes = Steps(old).notes()
+    new = tmp_path / "some" / "where" / "else"
+    new.parent.mkdir(parents=True)
+    old.rename(new)
+    folder = run(parse_recipe({**tree, "output": str(new)}))
+    assert notes.items() <= Steps(folder).notes().items()
+    assert contents(folder) == contents(undisturbed)
+    assert not old.exists()
+
+
+def test_the_order_of_tasks_is_part_of_what_was_made(tree, done):
+    tree["tasks"] = dict(reversed(tree["tasks"].items()))
+    stale = Run(parse_recipe(tree)).stale()
+    assert {"groups.json", "baselines/multi_task", "report"} <= stale.keys()
+    assert not {"start", "probes/sums", "cores/sums.safetensors"} & stale.keys()
+
+
+@pytest.mark.parametrize("kind", ["another shape", "no parameters"])
+def test_a_start_of_the_fusion_that_does_not_fit_is_found_before_the_probes(tree, task_folder, tmp_path, kind):
+    start = task_folder
+    if kind == "another shape":
+        other = {**tree, "output": str(tmp_path / "other"), "tuner": {**tree["tuner"], "target_modules": ["q_proj"]}}
+        start = run(parse_recipe(other), stop_after="probe") / "probes" / "sums"
+    message = r"'fusion.start' .*sums does not fit: tensor '.*down_proj" if start != task_folder else "in .*: save the"
+    with pytest.raises(CpiftError, match=message):
+        run(parse_recipe({**tree, "fusion": {"start": str(start)}}))
+    assert not (Path(tree["output"]) / "probes").exists()
+
+
+def test_a_run_in_which_nothing_moves_ends_with_warnings(tree):
+    tree["training"]["learning_rate"] = 1e-12
+    report = json.loads((run(parse_recipe(tree)) / "report" / "report.json").read_text())
+    assert {core["size"] for core in report["cores"].values()} == {0}
+    said = " ".join(report["warnings"])
+    assert "only 0 of 96 coordinates moved" in said
+    assert "no two tasks share a single core coordinate" in said

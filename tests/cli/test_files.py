@@ -395,7 +395,7 @@ def test_mistakes_are_one_line_and_leave_no_file(call, probes):
         (["core", probes / "maths", "-o", probes / "x", "--include", "head"], "no tensor matches 'head'"),
         (["core", probes / "maths", "-o", probes / "x", "--exclude", "*"], "leave no tensor"),
         (["core", probes / "maths", "-o", probes / "maths" / "adapter_model.safetensors"], "exists: choose another"),
-        (["demo", "--output", probes / "maths"], "exists: choose another"),
+        (["demo", "--output", probes / "maths"], "something else than a demo: choose another"),
         (["group", f"a={probes / 'none'}"], "cannot read core region"),
         (["group", "nonsense"], "'nonsense' is not of the form task=PATH"),
         (["group", "=x"], "'=x' is not of the form task=PATH"),

@@ -1,0 +1,88 @@
+"""Strategy: describe a recipe, then run it, and compare rows, tokens, steps and sizes with what the run came to, for
+every way in which a training can be given its length. Looking at a recipe must load no model and write nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from peft_cpift import CpiftError
+from peft_cpift.pipeline.describe import describe, in_words
+from peft_cpift.pipeline.run import Run, run
+from peft_cpift.recipe.reading import parse_recipe
+
+COMMON = {"per_device_train_batch_size": 4, "disable_tqdm": True, "learning_rate": 0.001}
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"num_train_epochs": 1.5, "max_length": 5},
+        {"max_steps": 3, "gradient_accumulation_steps": 3},
+        {"num_train_epochs": 1, "packing": True, "max_length": 32},
+    ],
+)
+def test_the_plan_is_what_a_run_comes_to(tree, training, monkeypatch):
+    tree |= {"training": COMMON | training, "grouping": {"order": [["sums"], ["larger", "letters"]]}}
+    with monkeypatch.context() as patched:
+        patched.setattr(AutoModelForCausalLM, "from_pretrained", None)  # no weights
+        plan = describe(Run(parse_recipe(tree)))
+    assert not Path(tree["output"]).exists()
+    json.dumps(plan)
+    assert (plan["done"], plan["stale"], plan["groups"]) == ([], {}, tree["grouping"]["order"])
+    folder = run(parse_recipe(tree))
+    report = json.loads((folder / "report" / "report.json").read_text())
+    made = {model["name"]: model["training"] for model in report["models"] if model["training"]}
+    assert [one["name"] for one in plan["trainings"]] == list(made)
+    assert plan["parameters"] == report["parameters"]
+    assert {core["size"] for core in report["cores"].values()} == {plan["core"]}
+    for one in plan["trainings"]:
+        real = made[one["name"]]
+        if one["name"] == "multi-task":
+            assert one["tokens"] == pytest.approx(real["tokens"], rel=0.1)
+            continue
+        assert one["steps"] == real["steps"], one["name"]
+        assert one["rate"] == real["learning_rate"]
+        # Which rows a broken epoch sees is drawn: the plan has the mean.
+        assert one["tokens"] == pytest.approx(real["tokens"], rel=0.05), one["name"]
+        if one["name"].startswith("probe"):
+            assert one["rows"] == report["tasks"][one["tasks"][0]]["train_rows"]
+    assert plan["tokens"] == sum(one["tokens"] for one in plan["trainings"])
+    again = describe(Run(parse_recipe(tree)))
+    assert "report" in again["done"]
+    assert not again["stale"]
+
+
+def test_groups_that_are_not_known_stand_as_one(tree):
+    tree["integration"] = {"calibration_fraction": 0.5}
+    plan = describe(Run(parse_recipe(tree)))
+    assert plan["groups"] is None
+    assert [(one["name"], one.get("rows")) for one in plan["trainings"]] == [
+        *(("probe sums", 24), ("probe letters", 16), ("probe larger", 24)),
+        *(("multi-stage 1/1", 64), ("final", 24), ("multi-task", None)),
+    ]
+    assert "until then all tasks stand in one stage" in in_words(plan)
+
+
+def test_a_changed_recipe_is_described_as_it_is_now(tree):
+    """Groups that were found with a task that is gone are not those of this recipe."""
+    run(parse_recipe(tree), stop_after="group")
+    assert describe(Run(parse_recipe(tree)))["groups"] is not None
+    del tree["tasks"]["larger"]
+    plan = describe(Run(parse_recipe(tree)))
+    assert plan["groups"] is None
+    assert plan["stale"]["probes/larger"] == "the recipe has it no longer"
+    words = in_words(plan)
+    assert "made otherwise than the recipe says: groups.json (tasks changed)" in words
+    assert f"steps are done in {tree['output']}" in words
+    assert max(map(len, words.splitlines()[:8])) < 100
+
+
+def test_a_tuner_that_does_not_fit_is_named_by_its_key(tree):
+    tree["tuner"]["target_modules"] = ["c_attn"]
+    with pytest.raises(CpiftError, match=r"^'tuner': .*c_attn"):
+        describe(Run(parse_recipe(tree)))

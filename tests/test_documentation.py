@@ -72,7 +72,7 @@ def test_examples_in_docstrings_run(name):
     assert result.failed == 0
 
 
-# Cells that a real run fills: what they hold is shown by what they print and draw.
+# Notebook -> a line, or a part of one, that only a run that went well leaves in its saved output.
 NOTEBOOKS = {
     "propulsion_in_five_minutes": "the same z, to the bit: True",
     "cpift_step_by_step": ": unchanged. Other coordinates that moved: ",

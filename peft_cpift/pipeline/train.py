@@ -208,6 +208,8 @@ class _Record(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self.loss = 0.0
         """Sum over the steps so far."""
+        self.logged_loss, self.logged_steps = 0.0, 0
+        """The same, and the number of steps, at the last log entry."""
         self.seconds = 0.0
         self._new: torch.Tensor | None = None
         self._since = 0.0
@@ -220,12 +222,14 @@ class _Record(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"loss": self.loss, "seconds": self.seconds}}
+        kept = ("loss", "logged_loss", "logged_steps", "seconds")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in kept}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Go on from what the checkpoint kept."""
         kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
-        self.loss, self.seconds = kept["loss"], kept["seconds"]
+        for name, value in kept.items():
+            setattr(self, name, value)
         self._since = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -234,6 +238,13 @@ class _Record(TrainerCallback, ExportableState):
             control.should_save = False  # its result is written next
         if control.should_save or control.should_log:
             self._sum_up(args)
+
+    def on_log(self, args, state, control, *, logs, **kwargs):
+        """Give the mean since the last entry, where the Trainer's own is only since the training was resumed."""
+        if "loss" in logs and state.global_step > self.logged_steps:
+            mean = (self.loss - self.logged_loss) / (state.global_step - self.logged_steps)
+            self.logged_loss, self.logged_steps = self.loss, state.global_step
+            logs["loss"] = state.log_history[-1]["loss"] = mean
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Likewise where these are written after every epoch."""

@@ -136,6 +136,23 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tree, undisturbed):
     assert not (folder / "checkpoints").exists()
 
 
+def test_a_training_that_is_resumed_between_two_log_entries_logs_as_one_that_is_not(tree, undisturbed, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("cut off")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("peft_cpift.pipeline.train.save_model", fail)
+        with pytest.raises(RuntimeError, match="cut off"):
+            run(parse_recipe(tree))
+    steps = Steps(Path(tree["output"]))
+    assert last_checkpoint(steps.work("probes/sums")).name == "checkpoint-3"
+    run(parse_recipe(tree), stop_after="probe")
+    found, expected = (notes.read("probes/sums")["result"] for notes in (steps, Steps(undisturbed)))
+    assert [entry["step"] for entry in found["logs"]] == [2, 4]
+    for figure in ("logs", "loss", "tokens", "steps", "examples"):
+        assert found[figure] == expected[figure], figure
+
+
 def test_nothing_is_done_twice(tree, done):
     notes = Steps(done).notes()
     run(parse_recipe(tree))

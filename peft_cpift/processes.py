@@ -32,7 +32,7 @@ def on_main(make: Callable[[], T]) -> T:
     if is_main():
         try:
             result = make()
-        except Exception as caught:
+        except Exception as caught:  # whatever it is, all are to raise it: the others would wait for ever
             if PartialState().num_processes == 1:
                 raise
             error = caught

@@ -124,7 +124,7 @@ def main() -> None:
     log = os.open(FOLDER / f"{RANK}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    faulthandler.dump_traceback_later(60, exit=True)
+    faulthandler.dump_traceback_later(100, exit=True)
     who, _, at = os.environ.get("WORKER_DIES", "").partition(":")
     if who in (str(RANK), f"all{RANK}"):
         watch(int(at), who.startswith("all"))

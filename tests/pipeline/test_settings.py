@@ -297,7 +297,7 @@ def test_fields_without_effect_have_none_and_others_have_one(tree, tmp_path):
 
     plain = probe("plain", {})
     assert probe("otherwise", OTHERWISE) == plain
-    assert probe("drop", {"label_smoothing_factor": 0.1}) != plain
+    assert probe("other", {"adam_beta2": 0.5}) != plain
 
 
 def test_a_run_whose_fields_without_effect_change_has_nothing_to_do_again(tree, capsys):

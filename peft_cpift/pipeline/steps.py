@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,18 @@ class Steps:
         paths = sorted(file.relative_to(self.folder / "steps").as_posix().removesuffix(".json") for file in files)
         return {path: note for path in paths if (note := self.read(path)) is not None}
 
-    def forget(self, paths: Iterable[str]) -> None:
-        """Remove steps and what they made."""
-        for path in paths:
-            self._note(path).unlink(missing_ok=True)  # first: none must be left without its result
-            self._clear(path)
+    def forget(self, paths: Sequence[str]) -> None:
+        """Remove steps and what they made.
+
+        Raises:
+            CpiftError: another run is at one of them; nothing is removed.
+        """
+        with ExitStack() as locks:
+            for path in paths:
+                locks.enter_context(self.lock(path, wait=False))
+            for path in paths:
+                self._note(path).unlink(missing_ok=True)  # first: none must be left without its result
+                self._clear(path)
 
     def run(self, step: Step) -> dict[str, Any]:
         """What the step returned, now or in an earlier run; made by all processes together if it is not done.
@@ -104,7 +111,7 @@ class Steps:
         """
         note = on_main(lambda: self.read(step.path))
         if note is None:
-            with self._lock(step.path) if is_main() else nullcontext():
+            with self.lock(step.path) if is_main() else nullcontext():
                 note = on_main(lambda: self.read(step.path))
                 if note is None:
                     note = self._make(step)
@@ -157,14 +164,22 @@ class Steps:
                 break
 
     @contextmanager
-    def _lock(self, path: str) -> Iterator[None]:
-        """Keep other runs from a step; the system takes the lock back when this process ends in any way."""
+    def lock(self, path: str, *, wait: bool = True) -> Iterator[None]:
+        """Keep other runs from a step; the system takes the lock back when this process ends in any way.
+
+        Raises:
+            CpiftError: another run is at the step, and this is not to wait for it.
+        """
         file = self.folder / "steps" / f".{path.replace('/', '-')}.lock"
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(file)
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not wait:
+                raise CpiftError(
+                    f"another run is at {path} in {self.folder}: wait for it or stop it, and start again"
+                ) from None
             print(f"{path}: another run is at it, waiting", flush=True)
             lock.acquire()
         try:

@@ -183,6 +183,20 @@ def test_forgetting_removes_the_note_the_result_and_the_work_of_a_step_and_nothi
     assert not (done.folder / "checkpoints").exists()
 
 
+def test_what_another_run_is_at_is_not_forgotten(done):
+    """Else `--redo` would take the folder from under a training that is under way."""
+    before = done.steps.notes()
+    with (
+        Steps(done.folder).lock("cores/a.bin"),
+        pytest.raises(CpiftError, match=r"another run is at cores/a.bin in .*: wait for it or stop it"),
+    ):
+        done.steps.forget(["probes/a", "cores/a.bin"])
+    assert done.steps.notes() == before
+    assert (done.folder / "probes" / "a" / "weights").is_file()
+    done.steps.forget(["probes/a", "cores/a.bin"])
+    assert done.steps.notes().keys() == {"scores/a"}
+
+
 def test_a_note_is_forgotten_before_its_result(done, monkeypatch):
     """Killed in between, none must be left that claims a result which is gone."""
 

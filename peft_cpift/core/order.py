@@ -5,12 +5,13 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from statistics import fmean
 
-from peft_cpift.errors import CpiftError
+from peft_cpift.errors import CpiftError, NoEffectWarning
 
 STRATEGIES = ("random", "difficulty", "overlap", "dependency")
 
@@ -78,14 +79,18 @@ def order_groups(
     raise CpiftError(f"unknown order '{strategy}': use one of {', '.join(STRATEGIES)}, or list the groups")
 
 
-def measured_helps(transfer: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
-    """The pairs (a, b), task a helps task b, that measured transfer between probes shows.
+def measured_helps(
+    transfer: Mapping[str, Mapping[str, float]], groups: Sequence[Sequence[str]] = ()
+) -> list[tuple[str, str]]:
+    """The pairs (a, b), task a helps task b, that measured transfer between probes shows, the clearest first.
 
-    Task a helps task b if its probe lowers b's loss, and by more than b's probe lowers a's.
+    Task a helps task b if its probe lowers b's loss, and by more than b's probe lowers a's. How clear that is, is the
+    difference of the two. A pair that would close a circle of groups with clearer ones is left out, with a warning.
 
     Args:
         transfer: task a -> every other task b -> by how much a's probe lowers the loss on b, in nats per token;
             negative where it raises it.
+        groups: the groups that are to be ordered; without them each task is one.
 
     Raises:
         CpiftError: a number is missing or not a number, naming the two tasks.
@@ -101,7 +106,26 @@ def measured_helps(transfer: Mapping[str, Mapping[str, float]]) -> list[tuple[st
         for b in transfer:
             if a != b and math.isnan(transfer[a].get(b, math.nan)):
                 raise CpiftError(f"the transfer from task '{a}' to task '{b}' is not known: measure it, or give helps")
-    return [(a, b) for a in transfer for b in transfer if a != b and transfer[a][b] > max(0.0, transfer[b][a])]
+    pairs = [(a, b) for a in transfer for b in transfer if a != b and transfer[a][b] > max(0.0, transfer[b][a])]
+    pairs.sort(key=lambda pair: transfer[pair[1]][pair[0]] - transfer[pair[0]][pair[1]])
+    return list(_without_circles(pairs, groups or [[task] for task in transfer]))
+
+
+def _without_circles(pairs: Iterable[tuple[str, str]], groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, str]]:
+    place = {task: number for number, group in enumerate(groups) for task in group}
+    after: dict[int, set[int]] = {number: set() for number in place.values()}
+
+    def leads(start: int, end: int) -> bool:
+        return start == end or any(leads(step, end) for step in after[start])
+
+    for a, b in pairs:
+        if place[a] != place[b] and leads(place[b], place[a]):
+            text = f"'{a}' helps '{b}', but clearer measurements between their groups say otherwise: it is left aside"
+            warnings.warn(text, NoEffectWarning, stacklevel=3)
+        else:
+            if place[a] != place[b]:
+                after[place[a]].add(place[b])
+            yield a, b
 
 
 def _overlap_with_others(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import warnings
 from fractions import Fraction
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from peft_cpift import CpiftError, order_groups
 from peft_cpift.core import measured_helps
+from peft_cpift.errors import NoEffectWarning
 
 PROPERTY = settings(max_examples=150, deadline=None, database=None)
 GROUPS = [["code"], ["maths", "sums"], ["chat"], ["logic", "law"]]
@@ -221,9 +223,45 @@ def test_measured_help_is_positive_and_larger_than_its_reverse(values):
     table = dict(zip(itertools.product(tasks, repeat=2), values, strict=True))
     transfer = {a: {b: table[a, b] / 4 for b in tasks} for a in tasks}
     expected = [(a, b) for a, b in table if a != b and table[a, b] > 0 and table[a, b] > table[b, a]]
-    assert measured_helps(transfer) == expected
+    everything_in_one = measured_helps(transfer, [list(tasks)])  # so that there are no circles of groups
+    assert sorted(everything_in_one) == sorted(expected)
+    clear = [table[a, b] - table[b, a] for a, b in everything_in_one]
+    assert clear == sorted(clear, reverse=True)
     without_itself = {a: {b: value for b, value in row.items() if b != a} for a, row in transfer.items()}
-    assert measured_helps(without_itself) == expected
+    assert measured_helps(without_itself, [list(tasks)]) == everything_in_one
+
+
+@PROPERTY
+@given(
+    st.integers(2, 5).flatmap(
+        lambda n: st.tuples(st.lists(st.floats(-1, 1), min_size=n * n, max_size=n * n), st.permutations(range(n)))
+    ),
+    st.integers(1, 3),
+)
+def test_what_is_left_of_measured_help_can_always_be_ordered(drawn, size):
+    values, order = drawn
+    tasks = "edcba"[: len(order)]
+    table = dict(zip(itertools.product(tasks, repeat=2), values, strict=True))
+    transfer = {a: {b: table[a, b] for b in tasks} for a in tasks}
+    groups = [[tasks[n] for n in order[start : start + size]] for start in range(0, len(order), size)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kept = measured_helps(transfer, groups)
+    place = {
+        task: number for number, group in enumerate(order_groups(groups, "dependency", helps=kept)) for task in group
+    }
+    assert all(place[a] <= place[b] for a, b in kept)
+    left = [(a, b) for a, b in measured_helps(transfer, [list(tasks)]) if (a, b) not in kept]
+    assert [str(one.message).split(",")[0] for one in caught] == [f"'{a}' helps '{b}'" for a, b in left]
+
+
+def test_the_least_clear_pair_of_a_circle_is_left_aside():
+    row = dict.fromkeys("abc", 0.0)
+    transfer = {"a": {**row, "b": 0.3}, "b": {**row, "c": 0.1}, "c": {**row, "a": 0.2}}
+    with pytest.warns(NoEffectWarning, match="'b' helps 'c', but clearer"):
+        kept = measured_helps(transfer)
+    assert kept == [("a", "b"), ("c", "a")]
+    assert order_groups([["a"], ["b"], ["c"]], "dependency", helps=kept) == [["c"], ["a"], ["b"]]
 
 
 @pytest.mark.parametrize("row", [{}, {"a": float("nan")}])

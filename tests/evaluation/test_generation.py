@@ -1,5 +1,6 @@
 """Strategy: take the likeliest token one at a time, unpadded and without a cache, and compare with the batched
-function; then make tokens that it generates the ends that a model or a tokenizer names."""
+function; then make tokens that it generates the ends that a model or a tokenizer names, and give the model
+settings of its own that are not greedy."""
 
 from __future__ import annotations
 
@@ -61,6 +62,51 @@ def test_any_end_token_ends_a_generation(loaded, whose, adapted):
 def test_a_model_without_an_end_token_uses_the_tokenizers(loaded):
     loaded[0].generation_config.eos_token_id = None
     assert end_tokens(*loaded) == [1]
+
+
+SETTINGS = [
+    {"num_beams": 4},
+    {"num_return_sequences": 3, "num_beams": 3},
+    {"do_sample": True, "temperature": 5.0},
+    {"repetition_penalty": 9.0},
+    {"no_repeat_ngram_size": 1},
+    {"min_new_tokens": 6},
+    {"min_length": 20},
+    {"forced_eos_token_id": 7},
+    {"suppress_tokens": [*range(3, 12)]},
+    {"begin_suppress_tokens": [*range(3, 20)]},
+    {"bad_words_ids": [[number] for number in range(3, 12)]},
+    {"exponential_decay_length_penalty": (0, 50.0)},
+    {"sequence_bias": [[[5], 90.0]]},
+    {"max_length": 2},
+    {"num_beams": 4, "repetition_penalty": 9.0, "min_new_tokens": 6, "num_return_sequences": 2},
+]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings))
+def test_no_setting_of_the_model_but_its_ends_changes_what_is_greedy(loaded, settings, adapted):
+    model, tokenizer = loaded
+    end = greedy(model, tokenizer, PROMPTS[0], 6, set())[1]
+    expected = texts(model, tokenizer, 6, {1, 2, end})
+    own = model.generation_config
+    own.update(**settings, eos_token_id=[2, end])
+    before = own.to_dict()
+    whole = model
+    if adapted:
+        whole = get_peft_model(model, PropulsionConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+        names = set(vars(whole))
+    assert generate(whole, tokenizer, PROMPTS, 6) == expected
+    assert model.generation_config is whole.generation_config is own
+    assert own.to_dict() == before
+    assert not adapted or set(vars(whole)) == names
+
+
+def test_the_models_settings_come_back_after_an_error(loaded):
+    own = loaded[0].generation_config
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(*loaded, PROMPTS, 0)
+    assert loaded[0].generation_config is own
 
 
 def test_generation_leaves_the_models_settings_alone(loaded):

@@ -83,6 +83,21 @@ def read_recipe(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
     return parse_recipe(tree)
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML's safe writer, which puts quotes around what another reader of YAML, or ours, would not take for text."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """A recipe as YAML that `read_recipe` reads back as it is."""
+    return yaml.dump(recipe.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def parse_recipe(tree: dict[str, Any]) -> Recipe:
     """Check a recipe given as plain values; see `read_recipe`."""
     try:

@@ -18,18 +18,14 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # files are named after it
 
 
-def _not_a_switch(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError(f"must be a number, got {str(value).lower()}")
-    return value
-
-
 def _filled(section: object) -> object:
     return {} if section is None else section  # as a section is in YAML whose keys are all commented out
 
 
-Integer = Annotated[int, BeforeValidator(_not_a_switch)]
-Number = Annotated[float, BeforeValidator(_not_a_switch)]
+# Strictly, since YAML tells numbers and switches from text: "10" and "yes" are not what they look like.
+Integer = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
 Count = Annotated[Integer, Field(ge=1)]
 Settings = Annotated[dict[str, JsonValue], BeforeValidator(_filled)]
 
@@ -92,7 +88,8 @@ class Task:
     answer: str | None = None
     """For `exact_match`: a regular expression whose first group is the answer, last match counting."""
     choices: list[str] | None = None
-    """For `choice`: the candidates."""
+    """For `choice`: the candidates. Where the tokens of one begin those of another, such as `1` and `10`, all are
+    scored with the end of the completion, otherwise without."""
     language: str | None = None
     """For `codebleu`: the programming language, such as `python`."""
 
@@ -152,7 +149,8 @@ class Grouping:
     groups themselves, in order, in place of those that the overlaps give."""
     helps: Literal["measured"] | list[tuple[str, str]] | None = None
     """For `dependency`: pairs `[a, b]`, task a helps task b; or `measured`, a pair wherever the probe of a lowers the
-    loss on training rows of b, and by more than the probe of b does for a."""
+    loss on training rows of b, and by more than the probe of b does for a; of pairs that form a circle of groups,
+    the least clear is left aside."""
 
     @model_validator(mode="after")
     def _agree(self):
@@ -191,7 +189,7 @@ class Integration:
     core frozen. `none`: the fused model is the result."""
     calibration_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.25
     """Share of the smallest task's training rows that is drawn from every task."""
-    dynamic_regions: bool = False
+    dynamic_regions: Switch = False
     """Find after each stage what the stage itself moved most, `core.percent` of all coordinates, and freeze that as
     well in later stages."""
     training: Settings = dataclasses.field(default_factory=dict)
@@ -208,7 +206,7 @@ class Integration:
 class Baselines:
     """Ordinary fine-tunings to compare with, each for as many tokens as all stages of the method together."""
 
-    multi_task: bool = True
+    multi_task: Switch = True
     """All tasks mixed."""
     random_stages: Count | None = None
     """Tasks dealt into this many stages by the seed, trained one after another (the paper's K = 3)."""
@@ -261,7 +259,7 @@ class Evaluation:
 class Report:
     """What is reported beside the tables."""
 
-    picture: bool = True
+    picture: Switch = True
     """Draw the picture for pages that show no HTML; needs matplotlib."""
 
 
@@ -271,7 +269,7 @@ class Push:
 
     repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
     """As `user/name`; made if it does not exist."""
-    private: bool = False
+    private: Switch = False
     """Make a new repository a private one; one that is there and public is refused."""
     base_model: str | None = None
     """For an adapter whose `model` is a local folder: the name on the Hub of the model that it is for."""
@@ -300,7 +298,7 @@ class Recipe:
     """The model's branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """In which the model is loaded: `float32`, `bfloat16`, `float16`, or `auto`, as it was saved."""
-    trust_remote_code: bool = False
+    trust_remote_code: Switch = False
     """Whether the model may bring Python code of its own."""
     data: Path | None = None
     """A folder with `<task>_train.jsonl` and `<task>_test.jsonl`, rows with `prompt` and `completion`, in place of the

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peft_cpift import CpiftError
-from peft_cpift.recipe.reading import parse_recipe, read_recipe
+from peft_cpift.recipe.reading import parse_recipe, read_recipe, write_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINIMAL = "model: m\noutput: o\ndata: d\ntasks: {a: {}, b: {}}\n"
@@ -169,8 +169,11 @@ def test_merges_are_no_duplicates_in_whatever_order_they_are_read(read):
         ("on: y\n", "unknown key 'on'"),
         ("core: {1: 2}\n", "'core.1': Keys should be strings"),
         ("? 'a\n\n  b'\n: 1\n", "unknown key 'a b'"),
-        ("seed: true\n", "'seed': must be a number, got true"),
-        ("core: {percent: true}\n", "'core.percent': must be a number, got true"),
+        ("seed: true\n", "'seed': Input should be a valid integer, got True"),
+        ('seed: "3"\n', "'seed': Input should be a valid integer, got '3'"),
+        ("trust_remote_code: yes\n", "'trust_remote_code': Input should be a valid boolean, got 'yes'"),
+        ('core: {percent: "10"}\n', "'core.percent': Input should be a valid number, got '10'"),
+        ("core: {percent: true}\n", "'core.percent': Input should be a valid number, got True"),
     ],
 )
 def test_traps(refused, text, message):
@@ -295,6 +298,24 @@ def test_whatever_text_there_is(tmp_path_factory, text):
             assert len(str(error).splitlines()) == 1  # noqa: PT017
         else:
             assert parse_recipe(recipe.to_dict()).model
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.from_regex(r"[-+]?[0-9_]{0,3}[.]?[0-9]{1,4}([eE][-+]?[0-9]{1,5})?", fullmatch=True) | st.text(max_size=12))
+def test_what_is_written_is_read_back(tmp_path_factory, text):
+    fields = {"run_name": text, "learning_rate": 1e-5, "max_steps": 10**7}
+    recipe = parse_recipe(minimal() | {"revision": text, "training": fields, "seed": 7})
+    file = tmp_path_factory.getbasetemp() / "written.yaml"
+    file.write_text(write_recipe(recipe), encoding="utf-8")
+    assert read_recipe(file).to_dict() == recipe.to_dict()
+    # Other readers, of YAML 1.1, see the same.
+    assert yaml.safe_load(file.read_text(encoding="utf-8"))["revision"] == text
+
+
+def test_a_commit_that_looks_like_a_number_stays_a_text(tmp_path):
+    recipe = parse_recipe(minimal() | {"revision": "12e4567"})
+    (tmp_path / "recipe.yaml").write_text(write_recipe(recipe))
+    assert read_recipe(tmp_path / "recipe.yaml").revision == "12e4567"
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)

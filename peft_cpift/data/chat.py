@@ -22,6 +22,7 @@ TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, Ari
 # A template that writes today's date would give other rows on another day. Llama's take the date from a variable, for
 # which they have this default; the clock is taken away from all.
 FIXED_DATE = {"date_string": "26 Jul 2024", "strftime_now": None}
+QUESTION = [{"role": "user", "content": "a question"}]
 PROBE = "the answer to be found"
 
 
@@ -61,11 +62,20 @@ class ChatTemplate:
         if inner not in (answer, answer.strip()) or written != self.lead + inner + self.tail:
             raise ValueError("the chat template changes the answer: use a template that writes it as it is")
         prompt = prompt.removeprefix(self.bos) + self.lead.rstrip(" ")
-        return prompt, self.before(inner) + self.tail.split(self.tokenizer.eos_token)[0]
+        return prompt, self.lead[len(self.lead.rstrip(" ")) :] + inner + self.end
 
-    def before(self, answer: str) -> str:
-        """An answer as it follows the prompt, without its end: with the lead's spaces."""
-        return self.lead[len(self.lead.rstrip(" ")) :] + answer
+    def render_choice(self, answer: str) -> str:
+        """The completion that `render` writes for an answer, but for its end: a candidate as it follows any prompt.
+
+        Raises:
+            ValueError: the template does not write the answer as it is.
+        """
+        return self.render(QUESTION, answer)[1].removesuffix(self.end)
+
+    @property
+    def end(self) -> str:
+        """What is after the answer in a completion: the tail, up to the end of the sequence."""
+        return self.tail.split(self.tokenizer.eos_token)[0]
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate | None:
@@ -93,7 +103,7 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Cha
         except (OSError, UnicodeDecodeError) as error:
             raise CpiftError(f"cannot read {source}: {error}; give a Jinja file, or 'model'") from error
     try:
-        prompt, whole = _render_both(tokenizer, [{"role": "user", "content": "a question"}], PROBE)
+        prompt, whole = _render_both(tokenizer, QUESTION, PROBE)
     except jinja2.TemplateSyntaxError as error:
         raise CpiftError(f"{source} is not a Jinja template: {error.message}") from error
     except TEMPLATE_ERRORS as error:

@@ -7,10 +7,11 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +34,10 @@ class TaskData:
     """The same, and `answer`: the completion without what a chat template puts around it."""
     choices: list[str] | None = None
     """The task's choices as they follow a prompt: with the space that a chat template may put before an answer."""
+    numbers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """By split, "train" or "test", where every row stands in its source, from 0; for messages."""
+    end: str = ""
+    """What a chat template puts after a choice, as after every completion, for where the ends of choices count."""
 
     @cached_property
     def train_digest(self) -> str:
@@ -43,6 +48,10 @@ class TaskData:
     def test_digest(self) -> str:
         """The same of the rows to score on."""
         return _digest(self.test)
+
+    def number(self, split: str, row: int) -> int:
+        """Where a row of a split stands in its source, from 0."""
+        return self.numbers[split][row] if split in self.numbers else row
 
 
 def load_tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, TaskData]:
@@ -88,7 +97,8 @@ def check_tokens(
                 if recipe.tasks[name].text is None and not all(alone):
                     empty = start + alone.index([])
                     raise CpiftError(
-                        f"row {empty} of the {split} data of task '{name}' has an empty prompt: remove it"
+                        f"row {task.number(split, empty)} of the {split} data of task '{name}' has an empty prompt: "
+                        "remove it"
                     )
                 choices = task.choices if split == "test" and task.choices else []
                 for completions in (batch["completion"], *([choice] * len(alone) for choice in choices)):
@@ -97,15 +107,31 @@ def check_tokens(
                     for number, (head, full) in enumerate(zip(alone, whole, strict=True), start):
                         if full[: len(head)] != head or len(full) == len(head):
                             odd = next((b for a, b in zip(head, full, strict=False) if a != b), full[-1])
+                            odd = tokenizer.convert_ids_to_tokens(odd)
                             raise CpiftError(
-                                f"row {number} of the {split} data of task '{name}': the tokenizer joins the end of "
-                                f"the prompt with the completion, in {tokenizer.convert_ids_to_tokens(odd)!r}; end "
-                                "'prompt' in a newline rather than a space, or change the row"
+                                f"row {task.number(split, number)} of the {split} data of task '{name}': the "
+                                f"tokenizer joins the end of the prompt with the completion, in {odd!r}; end 'prompt' "
+                                "in a newline rather than a space, or change the row"
                             )
             if limit is not None and shortest >= limit:
                 raise CpiftError(
                     f"no completion in the {split} data of task '{name}' begins within {key}={limit}: raise it"
                 )
+
+
+def check_held_out(data: Mapping[str, TaskData]) -> list[str]:
+    """A warning for every task whose held-out rows are trained on, by itself or by another task."""
+    found = []
+    seen = {name: set(_hashes(task.train)) for name, task in data.items()}
+    for name, task in data.items():
+        held_out = list(_hashes(task.test))
+        for other, trained in seen.items():
+            if shared := sum(row in trained for row in held_out):
+                found.append(
+                    f"{shared} of {len(held_out)} rows that task '{name}' is scored on are among those that task "
+                    f"'{other}' is trained on: its scores tell less of what it learned"
+                )
+    return found
 
 
 def training_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[int]:
@@ -136,10 +162,34 @@ def mixture(parts: list[Dataset], seed: int) -> Dataset:
     return concatenate_datasets(parts).shuffle(seed=seed)
 
 
-def calibration_sets(data: dict[str, TaskData], fraction: float, seed: int) -> dict[str, Dataset]:
-    """The same number of training rows from every task: `fraction` of the smallest task's, at least one."""
+def calibration_sets(
+    data: dict[str, TaskData], fraction: float, seed: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> dict[str, Dataset]:
+    """The same number of training rows from every task, of which training keeps something at `max_length`.
+
+    Args:
+        fraction: of the smallest task's rows, in (0, 1]; at least one row is taken.
+    """
     count = max(1, round(fraction * min(len(task.train) for task in data.values())))
-    return {name: _sample(task.train, count, seed) for name, task in data.items()}
+    drawn = {name: _draw(task.train, count, seed, tokenizer, max_length) for name, task in data.items()}
+    count = min(map(len, drawn.values()))  # where too few rows of a task are short enough
+    return {name: data[name].train.select(numbers[:count]) for name, numbers in drawn.items()}
+
+
+def _draw(
+    rows: Dataset, count: int, seed: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> list[int]:
+    """Up to so many rows, in random order, whose prompts leave room for a completion."""
+    order, drawn = _shuffled(len(rows), seed), []
+    for start in range(0, len(order), count):
+        numbers = order[start : start + count]
+        if max_length is not None:
+            prompts = _tokens(tokenizer, rows.select(numbers)["prompt"][:])
+            numbers = [number for number, prompt in zip(numbers, prompts, strict=True) if len(prompt) < max_length]
+        drawn += numbers
+        if len(drawn) >= count:
+            break
+    return drawn[:count]
 
 
 def extract_answer(text: str, pattern: str | None) -> str | None:
@@ -161,27 +211,44 @@ def _load_task(recipe: Recipe, name: str, task: Task, chat: ChatTemplate | None)
     if recipe.data is not None:
         text = None if task.text is None else "{{ prompt }}{{ completion }}"
         task = replace(task, prompt=None, completion=None, messages=None, text=text)
-    sets = {}
+    sets, places = {}, {}
     for split, (stored, source) in load_rows(recipe, name).items():
         count = task.train_samples if split == "train" else task.test_samples
         where = f"{split} data of task '{name}'"
-        rows = list(_render(_sample(stored, count, recipe.seed), task, recipe.prompt, chat, where, source))
-        kept = {number: row for number, row in enumerate(rows) if row["answer"].strip()}
+        numbers = _sample(len(stored), count, recipe.seed)
+        sample = stored if len(numbers) == len(stored) else stored.select(numbers)
+        rows = list(_render(sample, numbers, task, recipe.prompt, chat, where, source))
+        kept = {number: row for number, row in zip(numbers, rows, strict=True) if row["answer"].strip()}
         if not kept:
             raise CpiftError(f"every row of the {where}, {source}, has an empty completion: check its template")
         if len(kept) < len(rows):
-            first = next(number for number in range(len(rows)) if number not in kept)
+            first = next(number for number in numbers if number not in kept)
             warnings.warn(
                 f"{len(rows) - len(kept)} of {len(rows)} rows of the {where} have an empty completion and are left "
                 f"out, first row {first}",
                 stacklevel=3,
             )
         _check_answers(task, split, {number: row["answer"] for number, row in kept.items()}, where)
-        sets[split] = Dataset.from_list(list(kept.values()))
-    choices = task.choices
-    if chat is not None and choices is not None:
-        choices = [chat.before(choice) for choice in choices]
-    return TaskData(sets["train"].remove_columns("answer"), sets["test"], choices)
+        sets[split], places[split] = Dataset.from_list(list(kept.values())), list(kept)
+    choices, end = (task.choices, "") if chat is None else (_choices(name, task, chat), chat.end)
+    return TaskData(sets["train"].remove_columns("answer"), sets["test"], choices, places, end)
+
+
+def _choices(name: str, task: Task, chat: ChatTemplate) -> list[str] | None:
+    """The choices as they follow a prompt, without their ends."""
+    if task.choices is None:
+        return None
+    try:
+        choices = [chat.render_choice(choice) for choice in task.choices]
+    except TEMPLATE_ERRORS as error:
+        cause = " ".join(str(error).split())
+        raise CpiftError(f"'choices' of task '{name}' do not fit the chat template: {cause}") from error
+    if len(set(choices)) < len(set(task.choices)):
+        raise CpiftError(
+            f"'choices' of task '{name}' are {task.choices}, of which the chat template writes several alike, "
+            f"{choices}: keep one of them"
+        )
+    return choices
 
 
 def _check_answers(task: Task, split: str, answers: dict[int, str], where: str) -> None:
@@ -195,12 +262,22 @@ def _check_answers(task: Task, split: str, answers: dict[int, str], where: str) 
             )
 
 
-def _sample(rows: Dataset, count: int | None, seed: int) -> Dataset:
-    return rows if count is None or count >= len(rows) else rows.shuffle(seed=seed).select(range(count))
+def _hashes(rows: Dataset) -> Iterator[int]:
+    for batch in rows.iter(BATCH):
+        yield from map(hash, zip(batch["prompt"], batch["completion"], strict=True))
+
+
+def _sample(rows: int, count: int | None, seed: int) -> Sequence[int]:
+    """The numbers of so many rows, in random order; all of them, as they stand, if there are no more."""
+    return range(rows) if count is None or count >= rows else _shuffled(rows, seed)[:count]
+
+
+def _shuffled(rows: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).permutation(rows).tolist()
 
 
 def _render(
-    rows: Dataset, task: Task, frame: str, chat: ChatTemplate | None, where: str, source: str
+    rows: Dataset, numbers: Iterable[int], task: Task, frame: str, chat: ChatTemplate | None, where: str, source: str
 ) -> Iterator[dict[str, str]]:
     """The `prompt`, `completion` and `answer` of every row."""
     columns = rows.column_names
@@ -218,7 +295,7 @@ def _render(
         )
     # What no template names need not be read; but a row without any column would be none.
     needed = [column for column in columns if column in used] or columns
-    for number, row in enumerate(rows.select_columns(needed)):
+    for number, row in zip(numbers, rows.select_columns(needed), strict=True):
         try:
             if task.messages is not None:
                 asked, said = split_conversation(row[task.messages])

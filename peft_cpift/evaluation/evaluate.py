@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from datasets import Dataset
@@ -19,6 +20,9 @@ from peft_cpift.evaluation.generation import generate
 from peft_cpift.evaluation.likelihood import completion_losses
 from peft_cpift.processes import is_main
 from peft_cpift.recipe.tree import Recipe, Task
+
+# What metrics of generations do not see of a completion for which there were too few tokens.
+MISSED = {"exact_match": "answers", "codebleu": "ends"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,36 @@ def check_metrics(recipe: Recipe) -> None:
             check_codebleu(name, task.language)
 
 
+def check_lengths(recipe: Recipe, data: Mapping[str, TaskData], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Warnings, one line each, of tasks whose generations are too short for their answers.
+
+    These are tasks scored by `exact_match` or `codebleu` of which more than a tenth of the held-out completions do not
+    have their answer within `evaluation.max_new_tokens` tokens, after which a generation is cut.
+
+    Source: ours.
+    """
+    limit = recipe.evaluation.max_new_tokens
+    found = []
+    for name, task in recipe.tasks.items():
+        if task.metric not in MISSED:
+            continue
+        rows, lengths = data[name].test, []
+        for row in rows:
+            start = len(tokenizer(row["prompt"]).input_ids)
+            ids = tokenizer(row["prompt"] + row["completion"]).input_ids[start:]
+            if len(ids) > limit:
+                cut = tokenizer.decode(ids[:limit], skip_special_tokens=True)
+                if extract_answer(cut, task.answer) != extract_answer(row["answer"], task.answer):
+                    lengths.append(len(ids))
+        if len(lengths) > len(rows) / 10:
+            found.append(
+                f"task '{name}': {len(lengths)} of {len(rows)} held-out completions are longer than "
+                f"evaluation.max_new_tokens ({limit}): raise it to {max(lengths)}, or {task.metric} misses their "
+                f"{MISSED[task.metric]}"
+            )
+    return found
+
+
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, data: Mapping[str, TaskData]
 ) -> dict[str, Score]:
@@ -49,6 +83,11 @@ def evaluate(
 
     Of several processes, each holding the whole model, every one scores its share of the batches and gets all scores;
     they do not depend on the number of processes. The model is left in evaluation mode.
+
+    The candidates of metric `choice` are compared by the likelihood of their tokens, neither divided by their number
+    nor with an end, as `acc` of lm-evaluation-harness does. Only if, after some prompt, the tokens of one candidate
+    begin those of another, which could then never be the likelier ("1", "10"), each of the task's candidates is scored
+    with the end that training puts after a completion.
 
     Raises:
         CpiftError: a loss is not finite, or no token of a task's completions is within `evaluation.max_length`.
@@ -93,9 +132,11 @@ def _score(model, tokenizer, name: str, task: Task, data: TaskData, recipe: Reci
         return Score(loss, math.exp(-loss))
     gold = list(rows["answer"])  # a completion may have the chat template's end of turn in it
     if task.metric == "choice":
-        pairs = [(prompt, choice) for prompt in rows["prompt"] for choice in data.choices]
-        losses = iter(_losses(model, tokenizer, pairs, recipe.evaluation.batch_size, end=False))
-        of_rows = [[next(losses)[0] for _ in data.choices] for _ in gold]
+        end = any(_one_begins_another(tokenizer, prompt, data.choices) for prompt in rows["prompt"])
+        choices = [choice + data.end for choice in data.choices] if end else data.choices
+        pairs = [(prompt, choice) for prompt in rows["prompt"] for choice in choices]
+        losses = iter(_losses(model, tokenizer, pairs, recipe.evaluation.batch_size, end=end))
+        of_rows = [[next(losses)[0] for _ in choices] for _ in gold]
         return Score(loss, _share_equal([task.choices[row.index(min(row))] for row in of_rows], gold))
     generated = map_batches(
         lambda prompts: generate(model, tokenizer, prompts, recipe.evaluation.max_new_tokens),
@@ -106,6 +147,12 @@ def _score(model, tokenizer, name: str, task: Task, data: TaskData, recipe: Reci
         return Score(loss, code_bleu(generated, gold, task.language))
     got, gold = ([extract_answer(text, task.answer) for text in texts] for texts in (generated, gold))
     return Score(loss, _share_equal(got, gold))
+
+
+def _one_begins_another(tokenizer, prompt: str, choices: Sequence[str]) -> bool:
+    """Whether the tokens of one choice after the prompt are the first of another's."""
+    tokens = sorted(tokenizer([prompt + choice for choice in choices]).input_ids)
+    return any(longer[: len(shorter)] == shorter for shorter, longer in pairwise(tokens))
 
 
 def _mean_loss(model, tokenizer, name: str, rows: Dataset, recipe: Recipe) -> float:

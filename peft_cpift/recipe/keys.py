@@ -31,6 +31,7 @@ EXAMPLES = {
     "tuner": {"peft_type": "PROPULSION", "target_modules": "all-linear"},
     "training": {"num_train_epochs": 1, "per_device_train_batch_size": 4, "max_length": 512},
     "integration.training": {"learning_rate": 3e-4},
+    "evaluation.max_new_tokens": 400,  # a worked solution of gsm8k ends in its answer
     "evaluation.lm_eval.tasks": ["arc_easy"],
     "push.repository": "user/name",
 }

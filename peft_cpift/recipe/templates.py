@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import jinja2
@@ -13,11 +14,13 @@ from pydantic import AfterValidator, Field
 def _present(value: object) -> object:
     if value is None:
         raise ValueError("a column that it uses is null")
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError("a column that it uses is NaN")
     return value
 
 
 # A sandbox, for a template has no business with Python's inside; strict, since a misspelt or empty column must not
-# become the text "" or "None".
+# become the text "", "None" or "nan".
 TEMPLATES = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, finalize=_present, keep_trailing_newline=True
 )

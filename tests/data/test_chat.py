@@ -4,6 +4,7 @@ transformers' own rendering of the whole conversation; then conversations and te
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from peft_cpift import CpiftError
 from peft_cpift.data.chat import split_conversation, use_chat_template
+from peft_cpift.data.tasks import load_tasks
 from peft_cpift.recipe.reading import parse_recipe
 
 CHATML = (
@@ -110,13 +112,56 @@ def test_templates_of_real_models_are_understood(name):
     written = tokenizer.apply_chat_template(whole, tokenize=False, date_string="26 Jul 2024")
     assert prompt + completion == written.removeprefix("<s>").split("</s>")[0]
     assert completion.startswith("so it is")
+    assert chat.render_choice("so it is") + chat.end == completion
     assert "one?" in prompt
 
 
-def test_a_choice_follows_the_prompt_as_the_answer_does():
-    chat = use_chat_template(character_tokenizer(BRACKETS, eos="</s>"), chat_recipe())
-    prompt, completion = chat.render(USER, "A")
-    assert prompt + completion == prompt + chat.before("A") == "[INST] one? [/INST] A"
+@pytest.mark.parametrize("answer", ["A", " A", "A\n", " <end_of_turn>", " two words "])
+@pytest.mark.parametrize("eos", ["</s>", "<|im_end|>"])
+@pytest.mark.parametrize("template", [CHATML, THINKING, TRIMMING, BRACKETS])
+def test_a_choice_follows_the_prompt_as_the_answer_does(template, eos, answer):
+    chat = use_chat_template(character_tokenizer(template, eos=eos), chat_recipe())
+    _, completion = chat.render(USER, answer)
+    assert chat.render_choice(answer) + chat.end == completion
+
+
+def test_a_choice_is_trimmed_and_led_in_where_the_template_does_so_and_has_no_end():
+    trimming = use_chat_template(character_tokenizer(TRIMMING, eos="</s>"), chat_recipe())
+    assert (trimming.render_choice(" A\n"), trimming.end) == ("A", "<end_of_turn>\n")
+    brackets = use_chat_template(character_tokenizer(BRACKETS, eos="</s>"), chat_recipe())
+    assert (brackets.render_choice("A "), brackets.end) == (" A ", "")
+
+
+def choices_recipe(folder: Path, choices: list[str], answers: list[str]):
+    """Two tasks of the same rows, one scored by its choices."""
+    lines = [json.dumps({"prompt": "q", "completion": answer}) + "\n" for answer in answers]
+    for name in ("a", "b"):
+        for split in ("train", "test"):
+            (folder / f"{name}_{split}.jsonl").write_text("".join(lines))
+    tasks = {"a": {"metric": "choice", "choices": choices}, "b": {}}
+    tree = {"model": "m", "output": "o", "data": str(folder), "tasks": tasks, "chat_template": "model"}
+    return parse_recipe(tree)
+
+
+@pytest.mark.filterwarnings("ignore:.* is scored on are among those")
+@pytest.mark.parametrize("template", [CHATML, THINKING, TRIMMING, BRACKETS])
+def test_the_choices_of_a_task_are_written_as_its_completions(tmp_path, template):
+    choices = [" yes", " no", " not sure "]
+    data = load_tasks(choices_recipe(tmp_path, choices, choices), character_tokenizer(template, eos="</s>"))
+    assert [choice + data["a"].end for choice in data["a"].choices] == data["a"].train["completion"][:]
+    assert data["a"].test["answer"][:] == choices
+    assert data["b"].choices is None
+
+
+@pytest.mark.filterwarnings("ignore:.* is scored on are among those")
+def test_choices_that_cannot_be_told_apart_or_are_changed_are_refused(tmp_path):
+    recipe = choices_recipe(tmp_path, ["yes", "no", " no"], ["yes"])
+    assert load_tasks(recipe, character_tokenizer(CHATML))["a"].choices == ["yes", "no", " no"]
+    with pytest.raises(CpiftError, match=r"'choices' of task 'a' are .*, of which the chat template writes several"):
+        load_tasks(recipe, character_tokenizer(TRIMMING))
+    upper = CHATML.replace("m.content", "m.content | replace('shout', 'SHOUT')")
+    with pytest.raises(CpiftError, match=r"'choices' of task 'a' do not fit .*: the chat template changes the answer"):
+        load_tasks(choices_recipe(tmp_path, ["yes", "shout"], ["yes"]), character_tokenizer(upper))
 
 
 def test_a_date_does_not_make_rows_differ_from_day_to_day(tmp_path):

@@ -89,11 +89,36 @@ def test_hub_data_is_named_split_and_rendered_by_its_columns(tree, monkeypatch):
 
 def test_calibration_sets_are_equally_large_parts_of_the_training_rows(tree):
     data = load(tree)
-    sets = rows.calibration_sets(data, 0.25, seed=0)
+    sets = rows.calibration_sets(data, 0.25, 0, joining_tokenizer(), None)
     assert {name: len(part) for name, part in sets.items()} == {"sums": 4, "letters": 4, "larger": 4}
     for name, part in sets.items():
         pairs = set(zip(data[name].train["prompt"], data[name].train["completion"], strict=True))
         assert set(zip(part["prompt"], part["completion"], strict=True)) <= pairs
+
+
+def test_calibration_sets_hold_only_rows_that_training_keeps(tree, tmp_path):
+    own = [{"prompt": "1+" * n, "completion": str(n)} for n in range(1, 21)]
+    short = [{"prompt": "?", "completion": str(n)} for n in range(20)]
+    tree |= {"data": None, "tasks": write_rows(tmp_path, {"a": (own, {}), "b": (short, {})})}
+    data = load(tree)
+    # 2, 4 and 6 tokens are shorter than 7, and leave room.
+    for fraction, expected in ((0.1, 2), (0.5, 3)):
+        sets = rows.calibration_sets(data, fraction, 1, joining_tokenizer(), 7)
+        assert [len(part) for part in sets.values()] == [expected, expected]
+        assert set(sets["a"]["completion"]) <= {"1", "2", "3"}
+        assert len(set(sets["a"]["completion"])) == expected
+
+
+def test_held_out_rows_that_are_trained_on_are_told(tree, tmp_path):
+    own = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(6)]
+    tree |= {"data": None, "tasks": write_rows(tmp_path, {"a": (own, {}), "b": (own[:2], {})})}
+    (tmp_path / "apart.jsonl").write_text(json.dumps({"prompt": "9+1=", "completion": "10"}) + "\n")
+    tree["tasks"]["b"]["files"]["test"] = str(tmp_path / "apart.jsonl")
+    said = [text.partition(":")[0] for text in rows.check_held_out(load(tree))]
+    assert said == [
+        "6 of 6 rows that task 'a' is scored on are among those that task 'a' is trained on",
+        "2 of 6 rows that task 'a' is scored on are among those that task 'b' is trained on",
+    ]
 
 
 def test_lengths_are_those_of_the_rows_that_training_keeps():
@@ -138,12 +163,16 @@ def joining_tokenizer(*joined: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
-def test_a_prompt_that_the_tokenizer_joins_with_its_completion_is_named(tree):
+def test_a_prompt_that_the_tokenizer_joins_with_its_completion_is_named(tree, task_folder):
     recipe = parse_recipe({**tree, "prompt": "{{ prompt }} "})
     data = rows.load_tasks(recipe, joining_tokenizer())
     rows.check_tokens(recipe, data, joining_tokenizer("= "), 64)  # inside the prompt: no harm
     joined = " " + data["letters"].train["completion"][5]
-    number = data["letters"].train["completion"][:].index(joined[1])
+    first = data["letters"].train["completion"][:].index(joined[1])
+    row = {"prompt": data["letters"].train["prompt"][first].rstrip(), "completion": joined[1]}
+    stored = (task_folder / "letters_train.jsonl").read_text().splitlines()
+    number = [json.loads(line) for line in stored].index(row)  # and not its place in the sample
+    assert number != first
     with pytest.raises(CpiftError, match=f"row {number} of the train data of task 'letters': .* in '{joined}'; end"):
         rows.check_tokens(recipe, data, joining_tokenizer(joined), 64)
 
@@ -151,7 +180,7 @@ def test_a_prompt_that_the_tokenizer_joins_with_its_completion_is_named(tree):
 def test_choices_are_checked_too(tree):
     tree["tasks"]["larger"]["choices"] = ["a", "b", "z"]
     recipe = parse_recipe({**tree, "prompt": "{{ prompt }} "})
-    with pytest.raises(CpiftError, match=r"row 0 of the test data of task 'larger': .* in ' z'"):
+    with pytest.raises(CpiftError, match=r"row \d of the test data of task 'larger': .* in ' z'"):
         rows.check_tokens(recipe, rows.load_tasks(recipe, joining_tokenizer()), joining_tokenizer(" z"), 64)
 
 

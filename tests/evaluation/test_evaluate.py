@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peft_cpift
 from peft_cpift import CpiftError
 from peft_cpift.data.tasks import TaskData, load_tasks
-from peft_cpift.evaluation.evaluate import Score, check_metrics, evaluate, measure_losses, normalised_average
+from peft_cpift.evaluation.evaluate import (
+    Score,
+    check_lengths,
+    check_metrics,
+    evaluate,
+    measure_losses,
+    normalised_average,
+)
 from peft_cpift.evaluation.generation import generate
 from peft_cpift.evaluation.likelihood import completion_losses
 from peft_cpift.recipe.reading import parse_recipe
@@ -65,7 +73,7 @@ def test_scores_of_every_metric(loaded, tree):
 
 def test_the_likeliest_of_three_choices(loaded, tree):
     data = load_tasks(parse_recipe(tree), loaded[1])
-    tree["tasks"]["larger"]["choices"] = ["0", "11", "b"]
+    tree["tasks"]["larger"]["choices"] = ["0", "11", "b"]  # none begins another
     recipe = parse_recipe({**tree, "evaluation": {"batch_size": 2, "max_new_tokens": 1}})
     prompts, choices = ["1-", "ab", "9=", "cc?", "0"], ["0", "11", "b"]
     losses = [[row_loss(loaded, p, choice, end=False)[0] for choice in choices] for p in prompts]
@@ -90,9 +98,37 @@ def test_a_choice_is_scored_without_its_end(loaded, tree):
     assert evaluate(*loaded, parse_recipe(tree), data | {"larger": rows(prompts, gold, choices)})["larger"].score == 1
 
 
-def rows(prompts: list[str], completions: list[str], choices: list[str] | None = None) -> TaskData:
+@pytest.mark.parametrize("end", ["", "-?"])
+@pytest.mark.parametrize("choices", [["1", "10", "7"], ["10", "7", "1"], ["ab", "abc", "a", "b"]])
+def test_choices_of_which_one_begins_another_are_scored_with_their_ends(loaded, tree, choices, end):
+    """`end` is a chat template's, before that of the sequence."""
+    data = load_tasks(parse_recipe(tree), loaded[1])
+    tree["tasks"]["larger"]["choices"] = choices
+    prompts = [a + b for a in "0123456789" for b in "ab="]
+    gold = []
+    for prompt in prompts:
+        losses = [row_loss(loaded, prompt, choice + end)[0] for choice in choices]
+        gold.append(choices[losses.index(min(losses))])
+    data["larger"] = rows(prompts, gold, choices, end)
+    assert evaluate(*loaded, parse_recipe(tree), data)["larger"].score == 1
+
+
+def test_the_longer_of_two_choices_can_be_the_likelier_one(tiny_model, tree):
+    """A model that goes on from 1 with 0, and from 0 with the end."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    one, zero = tokenizer.convert_tokens_to_ids(["1", "0"])
+    follows = torch.zeros(len(tokenizer), len(tokenizer))
+    follows[one, zero] = follows[zero, tokenizer.eos_token_id] = 9
+    model.forward = lambda input_ids, attention_mask: SimpleNamespace(logits=follows[input_ids])
+    data = load_tasks(parse_recipe(tree), tokenizer)
+    data["larger"] = rows(["a", "b"], ["10", "10"], ["1", "10"])
+    tree["tasks"] = {"larger": tree["tasks"]["larger"] | {"choices": ["1", "10"]}, "letters": {}}
+    assert evaluate(model, tokenizer, parse_recipe(tree), data)["larger"].score == 1
+
+
+def rows(prompts: list[str], completions: list[str], choices: list[str] | None = None, end: str = "") -> TaskData:
     part = Dataset.from_dict({"prompt": prompts, "completion": completions, "answer": completions})
-    return TaskData(train=part, test=part, choices=choices)
+    return TaskData(train=part, test=part, choices=choices, end=end)
 
 
 def test_exact_match_counts_generations_whose_answer_equals_the_gold_one(loaded, tree, monkeypatch):
@@ -124,6 +160,47 @@ def test_metrics_are_checked_by_task(tree, monkeypatch):
     tree["tasks"]["letters"] |= {"metric": "codebleu", "language": "ruby"}
     check_metrics(parse_recipe(tree))
     assert seen == [("letters", "ruby")]
+
+
+def lengths_tree(tree: dict, metric: dict) -> dict:
+    return tree | {"tasks": {"letters": metric, "larger": {}}, "evaluation": {"max_new_tokens": 4}}
+
+
+@pytest.mark.parametrize(
+    ("metric", "missed"),
+    [
+        ({"metric": "exact_match", "answer": "=(.*)"}, "exact_match misses their answers"),
+        ({"metric": "exact_match"}, "exact_match misses their answers"),
+        ({"metric": "codebleu", "language": "ruby"}, "codebleu misses their ends"),
+    ],
+)
+def test_generations_too_short_for_more_than_a_tenth_of_the_rows_are_named(loaded, tree, metric, missed):
+    recipe = parse_recipe(lengths_tree(tree, metric))
+    short = rows(["a"] * 8, ["23=4"] * 8)  # as long as a generation can be
+    for long in (["abcd=1", "abc=12"], ["abcd=1"]):
+        # One row of ten can be lost, two cannot.
+        data = {"letters": rows(["a?"] * 10, [*short.test["answer"], "b=1", *long][-10:])}
+        expected = (
+            f"task 'letters': {len(long)} of 10 held-out completions are longer than evaluation.max_new_tokens (4): "
+            f"raise it to 6, or {missed}"
+        )
+        assert check_lengths(recipe, data | {"larger": short}, loaded[1]) == [expected][: len(long) - 1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "completion"),
+    [
+        ({"metric": "exact_match", "answer": "(.*?)="}, "1=abcdefgh"),  # the answer is there before the end
+        ({"metric": "exact_match"}, "1234<eos><eos>"),  # no part of the answer
+        ({"metric": "choice", "choices": ["abcdefgh"]}, "abcdefgh"),
+        ({"metric": "loss"}, "abcdefgh"),
+    ],
+)
+def test_long_completions_that_lose_no_answer_are_not_named(loaded, tree, metric, completion):
+    part = rows(["a"] * 3, [completion] * 3).test
+    part = part.remove_columns("answer").add_column("answer", [completion.replace("<eos>", "")] * 3)
+    data = dict.fromkeys(("letters", "larger"), TaskData(part, part))
+    assert check_lengths(parse_recipe(lengths_tree(tree, metric)), data, loaded[1]) == []
 
 
 def test_plain_text_and_its_limit(loaded, tree):

@@ -116,6 +116,8 @@ def test_the_starter_is_a_recipe_as_it_stands(tmp_path):
     assert recipe.integration.training == EXAMPLES["integration.training"]
     assert recipe.prompt == EXAMPLES["prompt"]
     assert recipe.push is None
+    assert recipe.evaluation.max_new_tokens == 400  # the answer is the last line of a solution
+    recipe.evaluation.max_new_tokens = 64
     plain = parse_recipe({"model": "m", "output": "o", "tasks": recipe.to_dict()["tasks"]})
     for key in ("core", "grouping", "fusion", "baselines", "evaluation", "report", "seed", "dtype", "probe"):
         assert getattr(recipe, key) == getattr(plain, key)

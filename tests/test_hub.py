@@ -1,12 +1,13 @@
-"""Strategy: push small runs, made by hand, over HTTP to the loopback Hub, and look there at what came: the files byte
-by byte, the card's front matter by YAML alone, and the model by executing the card's lines in a process that has
-nothing but the Hub. Everything runs in two fresh processes, one that pushes and one that loads.
+"""Strategy: push small runs over HTTP to the loopback Hub, most of them made by hand and two by the pipeline, and look
+there at what came: the files byte by byte, the card's front matter by YAML alone, and the model by executing the
+card's lines in a process that has nothing but the Hub. Pushing and loading have fresh processes.
 
 What is refused before the network is asked for is tested in the tests' own process, which is offline.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -19,9 +20,14 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
 
 from peft_cpift import CoreRegion, CpiftError, PropulsionConfig, find_core_region
 from peft_cpift.hub import push_run
+from peft_cpift.hub.card import Subject, model_card
+from peft_cpift.pipeline.run import run
+from peft_cpift.pipeline.settings import PROPULSION_LEARNING_RATE
+from peft_cpift.recipe.reading import parse_recipe
 
 TASKS = ("sums", "larger", "letters")
 SECRET = "hf_" + "aB3" * 11
@@ -90,7 +96,9 @@ def make_run(folder: Path, tiny_model: Path, kind: str, base: str) -> Path:
         model.save_pretrained(folder / name)
         if config is not None:
             file = folder / name / "adapter_config.json"
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+            named = {"base_model_name_or_path": base}
+            named |= {"loftq_config": {"weights": "/home/alice/weights"}} if kind == "lora" else {}
+            file.write_text(json.dumps(json.loads(file.read_text()) | named))
 
     cores = {}
     for seed, name in enumerate(("start", *TASKS, "final")):
@@ -257,9 +265,12 @@ def test_no_local_path_leaves_the_machine(pushed, runs, hub):
     for repository in ("me/propulsion", "me/whole", "me/named", "me/local-whole"):
         for name, content in hub.files(repository)[1].items():
             assert b"/tmp" not in content, (repository, name)
+            assert b"alice" not in content, (repository, name)
             assert str(runs).encode() not in content, (repository, name)
     recipe = yaml.safe_load(hub.files("me/named")[1]["recipe.yaml"])
-    assert recipe == json.loads((runs / "local/report/report.json").read_text())["recipe"]
+    expected = json.loads((runs / "local/report/report.json").read_text())["recipe"]
+    expected["tasks"]["letters"]["hub"]["name"] = "local"  # a folder where the process works, and no data set then
+    assert recipe == expected
 
 
 def test_large_files_were_put_and_verified(pushed, runs, hub):
@@ -273,7 +284,8 @@ def test_the_base_model_is_named_in_the_configuration(pushed, runs, hub):
     assert json.loads(hub.files("me/propulsion")[1]["adapter_config.json"]) == own
     local = json.loads((runs / "local/final/adapter_config.json").read_text())
     assert json.loads(hub.files("me/named")[1]["adapter_config.json"]) == local | {
-        "base_model_name_or_path": "me/tiny"
+        "base_model_name_or_path": "me/tiny",
+        "loftq_config": {"weights": "weights"},
     }
 
 
@@ -357,6 +369,86 @@ def test_the_text_has_scores_settings_sources_and_the_picture(pushed, hub):
     assert re.search(r"^!\[.*\]\(report/report.png\)$", text, flags=re.MULTILINE)
     assert "![" not in card(hub, "me/local-whole")  # which has no picture
     assert "report/report.png" not in hub.files("me/local-whole")[1]
+
+
+@pytest.fixture
+def report(runs) -> dict:
+    """The report of a run whose result is an adapter."""
+    return json.loads((runs / "propulsion" / "report" / "report.json").read_text())
+
+
+def test_a_field_that_an_earlier_report_has_not_is_left_out(report):
+    del report["settings"]["probe"]["learning_rate"]
+    subject = Subject(repository="me/run", report=report, peft_type="PROPULSION", base="me/tiny")
+    assert "| learning rates | integration 0.004 |" in str(model_card(subject))
+    report["settings"] = {}
+    assert "learning rates" not in str(model_card(subject))
+
+
+def test_names_break_neither_tables_nor_lines(report):
+    odd = 'it\'s "a" | `b`'
+    report["recipe"] |= {"revision": odd, "model": odd, "trust_remote_code": False}
+    report["recipe"]["fusion"]["start"] = odd
+    report["versions"]["device"] = "<b>"
+    text = str(model_card(Subject(repository="me/__run__", report=report, peft_type="PROPULSION", base="me/tiny")))
+    assert r"""| fusion starts from | it's "a" \| \`b\` |""" in text.splitlines()
+    assert r"# \_\_run\_\_" in text.splitlines()
+    assert "<b>" not in text
+    calls = [node for node in ast.walk(ast.parse(snippet(text))) if isinstance(node, ast.Call) and node.keywords]
+    assert [{k.arg: ast.literal_eval(k.value) for k in call.keywords} for call in calls] == [
+        {"revision": odd, "dtype": "float32"}
+    ]
+    report["recipe"]["tuner"] = "full"
+    whole = str(model_card(Subject(repository="me/run", report=report, peft_type=None, base=None)))
+    assert f"`` {odd} ``, fine-tuned as a whole on 3 tasks" in whole
+
+
+# From the recipe to the Hub
+
+
+@pytest.mark.parametrize("kind", ["PROPULSION", "LORA"])
+def test_a_run_as_the_pipeline_makes_it(kind, tree, tiny_model, hub, tmp_path):
+    """Without a learning rate of its own; the card's lines are executed with what came, in place of the names."""
+    training = {"max_steps": 2, "per_device_train_batch_size": 4, "disable_tqdm": True}
+    tree |= {"tuner": {"peft_type": kind, "target_modules": ["q_proj"]}, "training": training}
+    tree |= {"fusion": {"start": "pretrained"}, "baselines": {"multi_task": False}}
+    tree["integration"] = {"schedule": "mixed" if kind == "PROPULSION" else "none"}
+    tree["evaluation"]["max_new_tokens"] = 1
+    folder = run(parse_recipe(tree))
+    adapter = kind == "PROPULSION"
+    settings = {"base_model": "me/tiny"} if adapter else {}
+    name = f"me/real-{kind.lower()}"
+    call = {kind: ("hf_loopback", str(folder), name, settings)}
+    done = start(PUSH, hub.environment(tmp_path / "home"), call, tmp_path)
+    assert json.loads(done.stdout.splitlines()[-1])[kind].startswith(hub.endpoint), done.stdout
+    files, text = hub.files(name)[1], card(hub, name)
+    assert ("adapter_config.json" in files) == adapter
+    assert ("config.json" in files) != adapter
+    for path, content in files.items():
+        assert str(tree["output"]).encode() not in content, path
+        assert str(tiny_model).encode() not in content, path
+        assert str(tree["data"]).encode() not in content, path
+    rate = PROPULSION_LEARNING_RATE if adapter else SFTConfig.learning_rate
+    rates = f"probe {rate:g}, integration {rate:g}" if adapter else f"probe {rate:g}"
+    assert f"| learning rates | {rates} |" in text.splitlines()
+    assert f"| tuner | {kind} |" in text.splitlines()
+    what = "A Propulsion adapter for `me/tiny`, trained on 3 tasks"
+    if not adapter:
+        what = "`model` with the changes of LORA adapters fused into its weights: a whole model, trained on 3 tasks"
+    assert what in text
+    assert front_matter(hub, name)["library_name"] == ("peft" if adapter else "transformers")
+    for path, content in files.items():
+        (tmp_path / "came" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "came" / path).write_bytes(content)
+    lines = snippet(text).replace(repr(name), repr(str(tmp_path / "came"))).replace("'me/tiny'", repr(str(tiny_model)))
+    names: dict = {}
+    exec(lines, names)
+    ids = names["tokenizer"]("1+2=3", return_tensors="pt")
+    expected = AutoModelForCausalLM.from_pretrained(tiny_model if adapter else folder / "final")
+    expected = PeftModel.from_pretrained(expected, folder / "final") if adapter else expected
+    with torch.no_grad():
+        assert torch.equal(names["model"].eval()(**ids).logits, expected.eval()(**ids).logits)
+    assert names["core"].indices.keys() == CoreRegion.load(folder / "cores" / "sums.safetensors").indices.keys()
 
 
 # Who may see and write
@@ -450,10 +542,10 @@ def loaded(pushed, runs, hub, tmp_path_factory) -> dict:
 def test_the_cards_lines_load_the_base_model_as_it_was_trained(pushed, hub):
     lines = snippet(card(hub, "me/propulsion")).splitlines()
     loading = (
-        'AutoModelForCausalLM.from_pretrained("me/tiny", revision="main", dtype="float32", trust_remote_code=True)'
+        "AutoModelForCausalLM.from_pretrained('me/tiny', revision='main', dtype='float32', trust_remote_code=True)"
     )
     assert f"base = {loading}" in lines
-    assert 'base = AutoModelForCausalLM.from_pretrained("me/tiny")' in snippet(card(hub, "me/named")).splitlines()
+    assert "base = AutoModelForCausalLM.from_pretrained('me/tiny')" in snippet(card(hub, "me/named")).splitlines()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from peft_cpift.report.markdown import code, escape
+
 METRICS = {
     "exact_match": ("exact_match", "exact match"),
     "choice": ("accuracy", "likeliest choice"),
@@ -25,7 +27,7 @@ class Subject:
     report: Mapping[str, Any]
     """What `report.json` holds."""
     peft_type: str | None
-    """The adapter's method, such as `PROPULSION`; None for a whole model."""
+    """The method of the adapter that is uploaded, such as `PROPULSION`; None where that is a whole model."""
     base: str | None
     """The base model's name on the Hub, if it is there."""
     datasets: frozenset[str] = frozenset()
@@ -42,7 +44,7 @@ def model_card(subject: Subject) -> ModelCard:
 
     Source: ours.
     """
-    report, recipe = subject.report, subject.report["recipe"]
+    report = subject.report
     tasks = list(report["cores"])
     data = ModelCardData(
         model_name=subject.repository.split("/")[-1],
@@ -54,14 +56,11 @@ def model_card(subject: Subject) -> ModelCard:
         datasets=_datasets(subject) or None,
         eval_results=[result for task in tasks for result in _results(subject, task)],
     )
-    base = f"`{subject.base or recipe['model']}`"
-    what = (
-        f"{_tuner(subject.peft_type)} for {base}, trained" if subject.peft_type else f"{base}, fine-tuned as a whole"
-    )
     picture = f"\n![Overlap of the cores, and scores]({subject.picture})\n" if subject.picture else ""
-    text = f"""# {data.model_name}
+    versions = ", ".join(escape(f"{name} {version}") for name, version in report["versions"].items())
+    text = f"""# {escape(subject.repository.split("/")[-1])}
 
-{what} on {len(tasks)} tasks: {", ".join(f"`{task}`" for task in tasks)}. Made with CPI-FT, core parameter isolation,
+{_what(subject)} on {len(tasks)} tasks: {", ".join(map(code, tasks))}. Made with CPI-FT, core parameter isolation,
 by the package `peft-cpift`.
 
 ## How to load it
@@ -92,7 +91,7 @@ vectors, `y * z**k`{"; this adapter is one" if subject.peft_type == "PROPULSION"
 
 {_settings(subject)}
 
-`recipe.yaml` has them all. Versions: {", ".join(f"{name} {version}" for name, version in report["versions"].items())}.
+`recipe.yaml` has them all. Versions: {versions}.
 """
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
@@ -102,9 +101,22 @@ def result_name(report: Mapping[str, Any]) -> str:
     return next(entry["model"] for entry in report["methods"] if entry["method"] == "CPI-FT")
 
 
-def _tuner(peft_type: str | None) -> str:
-    """How the adapter is called in a sentence."""
-    return "A Propulsion adapter" if peft_type == "PROPULSION" else f"An adapter ({peft_type})"
+def _what(subject: Subject) -> str:
+    """What was made, up to the tasks."""
+    base = code(subject.base or subject.report["recipe"]["model"])
+    if subject.peft_type:
+        adapter = "A Propulsion adapter" if subject.peft_type == "PROPULSION" else f"An adapter ({subject.peft_type})"
+        return f"{adapter} for {base}, trained"
+    tuner = _tuner(subject.report)
+    if tuner == "full":
+        return f"{base}, fine-tuned as a whole"
+    return f"{base} with the changes of {escape(tuner)} adapters fused into its weights: a whole model, trained"
+
+
+def _tuner(report: Mapping[str, Any]) -> str:
+    """What was trained: `full`, or adapters of this method, of which the result need not be one itself."""
+    tuner = report["recipe"]["tuner"]
+    return tuner if isinstance(tuner, str) else tuner["peft_type"]
 
 
 def _tags(peft_type: str | None) -> list[str]:
@@ -169,16 +181,17 @@ def _scores(report: Mapping[str, Any]) -> str:
         scores = models[name]["scores"]
         cells = [f"{10 * scores[task]['score']:.2f}" for task in tasks]
         lines.append([method, name, *cells, f"{models[name]['average']:.2f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _table(lines)
 
 
 def _settings(subject: Subject) -> str:
     report, recipe = subject.report, subject.report["recipe"]
     order = recipe["grouping"]["order"]
-    rates = {stage: settings["learning_rate"] for stage, settings in report["settings"].items()}
+    # Earlier reports have only what their recipes gave.
+    rates = {stage: given["learning_rate"] for stage, given in report["settings"].items() if "learning_rate" in given}
     sizes = {task: core["size"] for task, core in report["cores"].items()}
     rows = {
-        "tuner": subject.peft_type or "full",
+        "tuner": _tuner(report),
         "core, p": f"{recipe['core']['percent']:g}% ({recipe['core']['scope']})",
         "core coordinates": ", ".join(f"{task} {size:,}" for task, size in sizes.items()),
         "grouping, tau": f"{recipe['grouping']['threshold']:g}",
@@ -189,25 +202,27 @@ def _settings(subject: Subject) -> str:
         "learning rates": ", ".join(f"{stage} {rate:g}" for stage, rate in rates.items()),
         "seed": str(recipe["seed"]),
     }
-    return "\n".join(
-        ["| setting | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
-    )
+    return _table([["setting", "value"], ["---", "---"], *([key, value] for key, value in rows.items() if value)])
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(map(escape, line))} |" for line in lines)
 
 
 def _snippet(subject: Subject) -> str:
-    recipe, name = subject.report["recipe"], f'"{subject.repository}"'
+    recipe, name = subject.report["recipe"], repr(subject.repository)
     task = next(iter(subject.report["cores"]))
     trust = ", trust_remote_code=True" if recipe.get("trust_remote_code") else ""
     lines = ["import peft_cpift"]
     if subject.peft_type:
         given = {"revision": recipe.get("revision"), "dtype": recipe.get("dtype")}
-        how = "".join(f', {key}="{value}"' for key, value in given.items() if value not in (None, "auto")) + trust
+        how = "".join(f", {key}={value!r}" for key, value in given.items() if value not in (None, "auto")) + trust
         lines[0] += "  # registers PROPULSION with PEFT" if subject.peft_type == "PROPULSION" else ""
         lines += [
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'base = AutoModelForCausalLM.from_pretrained("{subject.base}"{how})',
+            f"base = AutoModelForCausalLM.from_pretrained({subject.base!r}{how})",
             f"model = PeftModel.from_pretrained(base, {name})",
         ]
     else:
@@ -218,6 +233,6 @@ def _snippet(subject: Subject) -> str:
         ]
     lines += [
         f"tokenizer = AutoTokenizer.from_pretrained({name}{trust})",
-        f'core = peft_cpift.CoreRegion.from_pretrained({name}, "{task}")  # the coordinates that this task moved most',
+        f"core = peft_cpift.CoreRegion.from_pretrained({name}, {task!r})  # the coordinates that this task moved most",
     ]
     return "\n".join(lines)

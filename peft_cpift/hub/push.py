@@ -20,6 +20,7 @@ from peft_cpift.checkpoint.reader import ADAPTER_CONFIG, Checkpoint
 from peft_cpift.errors import CpiftError
 from peft_cpift.hub.card import Subject, model_card
 from peft_cpift.report.page import read_report
+from peft_cpift.report.paths import without_paths
 
 CARD = "README.md"
 PICTURE = "report/report.png"
@@ -97,10 +98,10 @@ def push_run(
             picture=PICTURE if (run / PICTURE).is_file() else None,
         )
         files: dict[str, Path | bytes] = dict(_files(run, report["cores"]))
-        files["recipe.yaml"] = yaml.safe_dump(report["recipe"], sort_keys=False).encode()
+        files["recipe.yaml"] = yaml.safe_dump(without_paths(report["recipe"]), sort_keys=False).encode()
         files[CARD] = str(model_card(subject)).encode()
         if adapter:
-            named = {**adapter, "base_model_name_or_path": base}
+            named = {**without_paths(adapter), "base_model_name_or_path": base}
             files[ADAPTER_CONFIG] = (json.dumps(named, indent=2) + "\n").encode()
         _check_tokens(files)
         api.create_repo(repository, private=private, exist_ok=True)

@@ -14,7 +14,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
     """Draw both panels to `file`, as PNG.
 
     Args:
-        report: as gathered by the pipeline's `run`.
+        report: as gathered by the pipeline's `gather`.
     """
     tasks, models = list(report["cores"]), report["models"]
     figure = Figure(figsize=(6 + 0.9 * len(tasks), 2.6 + 0.36 * len(models)), dpi=150, layout="constrained")

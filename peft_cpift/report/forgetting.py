@@ -15,11 +15,13 @@ def section(report: dict[str, Any]) -> Section:
         return Section("forgetting", "Forgetting", ["Nothing was trained stage after stage."])
     scores = {m["name"]: {t: 10 * s["score"] for t, s in m["scores"].items()} for m in report["models"]}
     rows = [_summary(sequence, scores) for sequence in sequences]
+    others = list(dict.fromkeys(sequence["start"] for sequence in sequences if not _from_base(sequence)))
     blocks: list[Block] = [
         "Backward transfer is the mean change of a task's score from the end of its own stage to the end of the last "
         "one: below 0, it was forgotten. Forward transfer is how far above the base model a task stood just before "
         "its own stage, on average. Both are in points of 0-10 (Lopez-Paz and Ranzato, arXiv 1706.08840), "
-        "and have no value where no task has stages after or before its own.",
+        "and have no value where no task has stages after or before its own."
+        + "".join(f" {_no_forward_transfer(start)}" for start in others),
         Table("Transfer of each sequence of stages.", ["sequence", "stages", "backward", "forward"], rows),
     ]
     return Section("forgetting", "Forgetting", blocks + [_matrix(report, sequence, scores) for sequence in sequences])
@@ -27,7 +29,8 @@ def section(report: dict[str, Any]) -> Section:
 
 def _summary(sequence: dict[str, Any], scores: dict[str, dict[str, float]]) -> list[str]:
     stages, after = _stages(sequence, scores)
-    kept, early = backward_transfer(after, stages), forward_transfer(after, stages, scores["base"])
+    kept = backward_transfer(after, stages)
+    early = forward_transfer(after, stages, scores["base"]) if _from_base(sequence) else None
     return [sequence["method"], str(len(stages)), signed(kept), signed(early)]
 
 
@@ -53,11 +56,25 @@ def _matrix(report: dict[str, Any], sequence: dict[str, Any], scores: dict[str, 
         ]
         for name, row, own in zip(names, shown, trained, strict=True)
     ]
-    kept, early = kept_changes(after, stages), early_changes(after, stages, scores["base"])
+    kept = kept_changes(after, stages)
     rows.append(["change after own stage", *(signed(kept.get(task)) for task in tasks)])
-    rows.append(["above base before it", *(signed(early.get(task)) for task in tasks)])
+    if _from_base(sequence):
+        early = early_changes(after, stages, scores["base"])
+        rows.append(["above base before it", *(signed(early.get(task)) for task in tasks)])
     caption = f"{sequence['method']}: score of every task after each stage."
     return Table(caption, ["after", *tasks], rows, frozenset({1, len(shown)}), "Framed: the tasks of the stage.")
+
+
+def _from_base(sequence: dict[str, Any]) -> bool:
+    """Whether what a task has before its own stage comes from the earlier stages alone."""
+    return sequence["start"] == "base"
+
+
+def _no_forward_transfer(start: str) -> str:
+    return (
+        f"A sequence that starts from “{start}” has no forward transfer here: that model was made from all tasks, so "
+        "where a task stands before its own stage is not what the stages before it gave."
+    )
 
 
 def _stages(sequence: dict[str, Any], scores: dict[str, dict[str, float]]) -> tuple[list, list]:

@@ -48,10 +48,26 @@ def escape(text: str) -> str:
         'a\\\\|b &lt;c&gt; \\\\*d\\\\*'
     """
     text = " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())
-    return re.sub(r"([\\`*|\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+    return re.sub(r"([\\`*|\[\]]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+
+
+def code(text: str) -> str:
+    """Text of one line in the type of code.
+
+    Example:
+        >>> print(code("org/tiny"), code("a`b"))
+        `org/tiny` `` a`b ``
+    """
+    text = " ".join(text.split())
+    fence = "`" * (_longest(text) + 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def _fenced(text: str) -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" * max(3, _longest(text) + 1)
     return f"{fence}\n{text.rstrip()}\n{fence}"
+
+
+def _longest(text: str) -> int:
+    """The length of the longest run of backticks."""
+    return max((len(run) for run in re.findall("`+", text)), default=0)

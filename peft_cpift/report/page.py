@@ -4,7 +4,7 @@ All are made from one dictionary of plain values, which `report.json` holds and 
 
     format      1
     recipe      the recipe's plain values
-    versions    {package or machine: text}
+    versions    {package or machine: text}: what the run began with
     settings    {stage: {field of SFTConfig: value}}
     tasks       {task: {train_rows, test_rows, train_tokens}}
     parameters  {total, trainable}: numbers of the model's parameters
@@ -17,7 +17,7 @@ All are made from one dictionary of plain values, which `report.json` holds and 
     models      [{name, average: 0-10, scores: {task: {loss: nats, score: 0-1}},
                   lm_eval: {its task: {metric: value}} or None,
                   training: None or {steps, examples, tokens, loss, learning_rate, seconds, frozen,
-                                     peak_memory: bytes or None, processes,
+                                     peak_memory: bytes or None, processes, versions as above if recorded,
                                      logs: [{step, and loss, learning_rate, grad_norm, cpift/masked_grad_norm,
                                              cpift/frozen_fraction where logged}]}}]
     sequences   [{method, start: model, stages: [{model, tasks: [task]}]}]: models trained one from another
@@ -45,6 +45,7 @@ from peft_cpift.errors import CpiftError
 from peft_cpift.report import cores, forgetting, fusion, markdown, record, scores, training
 from peft_cpift.report.blocks import Section
 from peft_cpift.report.html import to_html
+from peft_cpift.report.paths import last_part, without_paths
 
 FORMAT = 1
 PACKAGES = ("peft-cpift", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -58,34 +59,13 @@ def versions() -> dict[str, str]:
     return {"device": device, "system": system, "python": platform.python_version(), **packages}
 
 
-def without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as it may be shown to others: of each local path the last part only. Names on the Hub stay whole."""
-    fusion, evaluation = recipe.get("fusion", {}), recipe.get("evaluation", {})
-    shown = {key: _last(recipe[key]) for key in ("output", "data") if recipe.get(key) is not None}
-    if Path(recipe["model"]).is_dir():
-        shown["model"] = _last(recipe["model"])
-    if recipe.get("chat_template"):
-        shown["chat_template"] = _last(recipe["chat_template"])
-    if "start" in fusion:
-        shown["fusion"] = {**fusion, "start": _last(fusion["start"])}
-    if (lm_eval := evaluation.get("lm_eval")) and lm_eval.get("include_path"):
-        named = {**lm_eval, "include_path": _last(lm_eval["include_path"])}
-        shown["evaluation"] = {**evaluation, "lm_eval": named}
-    shown["tasks"] = {
-        name: {**task, "files": {key: _last(file) for key, file in task["files"].items()}}
-        if task.get("files")
-        else task
-        for name, task in recipe["tasks"].items()
-    }
-    return {**recipe, **shown}
-
-
 def write_report(report: dict[str, Any], folder: Path, *, picture: bool, overwrite: bool = False) -> Path:
     """Write `index.html`, `report.md`, `report.json` and, if asked for, `report.png`; all of it or nothing.
 
     Args:
-        report: of the form that this module describes. Local paths in its recipe are shortened to their last part, and
-            numbers that are not finite, such as the gradient's norm in a step that overflowed, become None.
+        report: of the form that this module describes. Local paths in its recipe, settings and warnings are shortened
+            to their last part, and numbers that are not finite, such as the gradient's norm in a step that overflowed,
+            become None.
         folder: the folder to make.
         picture: draw the picture too, which needs matplotlib.
         overwrite: replace an earlier report.
@@ -93,7 +73,7 @@ def write_report(report: dict[str, Any], folder: Path, *, picture: bool, overwri
     Raises:
         CpiftError: `folder` exists and `overwrite` is false.
     """
-    report = _finite({**report, "recipe": without_paths(report["recipe"])})
+    report = _finite(_without_paths(report))
     with complete_folder(folder, overwrite=overwrite) as temporary:
         write_json(temporary / "report.json", report)
         if picture:
@@ -165,8 +145,14 @@ def _sections(report: dict[str, Any]) -> list[Section]:
     return [record.warnings_section(report), *parts] if report["warnings"] else parts
 
 
-def _last(path: str) -> str:
-    return Path(path).name
+def _without_paths(report: dict[str, Any]) -> dict[str, Any]:
+    """A report that tells others nothing of the machine's folders."""
+    own = [report["recipe"][key] for key in ("output", "model")]  # what warnings may name
+    texts = list(report["warnings"])
+    for path in sorted(own, key=len, reverse=True):
+        texts = [text.replace(path, last_part(path)) for text in texts]
+    shown = {key: without_paths(report[key]) for key in ("recipe", "settings")}
+    return {**report, **shown, "warnings": texts}
 
 
 def _finite(value: Any) -> Any:

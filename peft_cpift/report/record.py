@@ -43,6 +43,8 @@ def section(report: dict[str, Any]) -> Section:
             ],
         ),
     ]
+    if others := _other_versions(report):
+        blocks.append(f"Stages made with other versions: {others}.")
     if report["settings"]:
         blocks.append(Folded("Settings of every stage, as resolved", _settings(report["settings"])))
     recipe = yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True, width=100)
@@ -51,6 +53,17 @@ def section(report: dict[str, Any]) -> Section:
 
 
 COUNTS = ("train_rows", "train_tokens", "test_rows")
+
+
+def _other_versions(report: dict[str, Any]) -> str:
+    """The trainings of a run that went on after an update or on another machine, with what differs there."""
+    made: dict[str, list[str]] = {}
+    for model in report["models"]:
+        found = (model["training"] or {}).get("versions", {})
+        differing = [f"{key} {value}" for key, value in found.items() if report["versions"].get(key) != value]
+        if differing:
+            made.setdefault(", ".join(differing), []).append(model["name"])
+    return "; ".join(f"{', '.join(names)} ({differing})" for differing, names in made.items())
 
 
 def _settings(settings: dict[str, dict[str, Any]]) -> Table:

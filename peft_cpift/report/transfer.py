@@ -33,10 +33,11 @@ def kept_changes(scores: Scores, stages: Stages) -> dict[str, float]:
 def early_changes(scores: Scores, stages: Stages, base: Mapping[str, float]) -> dict[str, float]:
     """How far above the base model each task stood just before its own stage.
 
-    Tasks of the first stage had nothing before them and are left out.
+    Only where the first stage started from the base model is this what the other tasks' stages gave: a fused model,
+    say, has something of every task before any stage. Tasks of the first stage are left out.
 
     Args:
-        base: the base model's score of every task, 0-10, whatever model the first stage started from.
+        base: the score of every task, 0-10, of the base model, from which the first stage started.
 
     Source: the terms of forward transfer, Lopez-Paz and Ranzato (arXiv 1706.08840), with the base model in the place
     of a random initialization (ours).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peft_cpift.report.blocks import Cell, Charts, Folded, Section, Table
-from peft_cpift.report.markdown import escape, table, to_markdown
+from peft_cpift.report.markdown import code, escape, table, to_markdown
 
 TABLE = Table(
     "Caption.", ["model", "score"], [["base", "1"], [Cell("a much longer name", note="x"), Cell("2", strong=True)]]
@@ -23,7 +23,7 @@ def test_columns_line_up_and_the_best_is_bold():
 
 def test_names_cannot_be_markup():
     assert escape("<script>|[x](y)`*\\\n# z") == r"&lt;script&gt;\|\[x\](y)\`\*\\ # z"
-    assert escape("code_alpaca _x_") == r"code_alpaca \_x\_"
+    assert escape("code_alpaca _x_ __y__") == r"code_alpaca \_x\_ \_\_y\_\_"
 
 
 def test_what_plain_text_cannot_show_is_left_out():
@@ -37,3 +37,8 @@ def test_what_plain_text_cannot_show_is_left_out():
 def test_a_fence_is_longer_than_any_in_the_text():
     text = to_markdown("T", [Section("a", "A", [Folded("More", "x: |\n  ````python\n")])])
     assert "<details><summary>More</summary>\n\n`````\nx: |\n  ````python\n`````\n\n</details>" in text
+
+
+def test_code_holds_any_text_of_one_line():
+    assert code("org/tiny|*") == "`org/tiny|*`"
+    assert code("a``b\n`") == "``` a``b ` ```"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 
 import pytest
 
 from peft_cpift.errors import CpiftError
-from peft_cpift.report.page import page, read_report, score_table, without_paths, write_report
+from peft_cpift.report.blocks import ABSENT
+from peft_cpift.report.page import page, read_report, score_table, write_report
 
 
 def cells(table: str) -> list[list[str]]:
@@ -31,7 +31,7 @@ def test_page_says_what_was_run_and_found(report):
     )
     assert "## Warnings\n\nprobe &lt;maths&gt;: nothing \\*moved\\*\n\n## Scores" in text
     for found in (
-        ["CPI-FT", "2", "-0.50", "+2.50"],
+        ["CPI-FT", "2", "-0.50", ABSENT],
         ["maths", "1.000", "0.125", "1", "4", "500"],
         ["final", "7", "28", "1,655", "0.005", "1.000", "4", "2.0 s", "1.50 GB"],
         ["torch", "2.13.0"],
@@ -73,23 +73,24 @@ def test_numbers_that_are_not_finite_are_left_out(report, tmp_path):
     assert logs[0]["grad_norm"] == float("inf")  # what was given is left as it was
 
 
-def test_local_paths_are_shown_by_their_last_part(report, tmp_path):
-    recipe = report["recipe"]
-    recipe["model"] = str(tmp_path)
-    recipe["chat_template"] = "/home/me/chat.jinja"
-    recipe["fusion"] = {"start": "/home/me/start", "omega": None}
-    recipe["evaluation"] = {"batch_size": 4, "lm_eval": {"tasks": ["x"], "include_path": "/home/me/lm"}}
-    recipe["tasks"]["code"]["files"] = {"train": "/home/me/a.jsonl", "test": "b/c.jsonl"}
-    given = copy.deepcopy(recipe)
-    shown = without_paths(recipe)
-    assert "/" not in json.dumps(shown)
-    assert shown["model"] == tmp_path.name
-    assert shown["tasks"]["code"] == {"metric": "loss", "files": {"train": "a.jsonl", "test": "c.jsonl"}}
-    assert shown["evaluation"] == {"batch_size": 4, "lm_eval": {"tasks": ["x"], "include_path": "lm"}}
-    assert shown["fusion"] == {"start": "start", "omega": None}
-    assert recipe == given
-    assert without_paths({**recipe, "model": "org/tiny"})["model"] == "org/tiny"
-    assert without_paths({**recipe, "data": None})["data"] is None
+def test_no_local_path_is_written(report, tmp_path):
+    """All of them are of another machine, so that nothing can be looked up."""
+    recipe, home = report["recipe"], "/home/alice"
+    recipe |= {"model": f"{home}/models/llama", "output": f"{home}/runs/first", "chat_template": f"{home}/chat.jinja"}
+    recipe["tasks"]["code"] |= {"hub": {"name": f"{home}/rows"}}
+    recipe["tasks"]["maths"] |= {"files": {"train": f"{home}/a.jsonl", "test": "C:\\alice\\c.jsonl"}}
+    recipe["tuner"]["weights"] = f"{home}/weights"
+    recipe["training"] = report["settings"]["probe"]["accelerator_config"] = {"deepspeed": f"{home}/ds.json"}
+    report["warnings"] = [f"the core was found in other values than those of {home}/runs/first/probes/code: find it"]
+    given = copy.deepcopy(report)
+    folder = write_report(report, tmp_path / "report", picture=False)
+    for file in folder.iterdir():
+        assert "alice" not in file.read_text(), file.name
+    shown = read_report(tmp_path)
+    assert shown["recipe"]["model"] == "llama"
+    assert shown["settings"]["probe"]["accelerator_config"] == {"deepspeed": "ds.json"}
+    assert shown["warnings"] == ["the core was found in other values than those of first/probes/code: find it"]
+    assert report == given
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,15 @@ def test_level_tasks_are_no_losses(report):
     assert "ahead on 0, behind on 1, level on 1." in scores.verdict(report)
 
 
+def test_scores_that_look_alike_are_level(report):
+    report["models"][3]["scores"]["maths"]["score"] = 0.7501  # 7.50 beside 7.50, however many rows they come from
+    report["models"][4]["scores"]["maths"]["score"] = 0.7499
+    report["models"][3]["scores"]["code"]["score"] = 0.6004
+    assert "ahead on 0, behind on 0, level on 2." in scores.verdict(report)
+    report["models"][4]["scores"]["maths"]["score"] = 0.7494
+    assert "ahead on 1, behind on 0, level on 1." in scores.verdict(report)
+
+
 def test_best_of_several_methods_is_the_one_named(report):
     report["methods"].insert(0, {"method": "merge ties", "model": "fused"})  # 4.50, below multi-task's 5.50
     assert "best other method, multi-task (5.50)" in scores.verdict(report)
@@ -103,10 +112,11 @@ def test_methods_losses_metrics_and_harness(report):
 
 
 def test_forgetting_matrix(report):
+    report["sequences"][0]["start"] = "base"
     summary, matrix = tables(forgetting.section(report))
     assert texts(summary) == [["CPI-FT", "2", "-0.50", "+2.50"]]  # maths 7.5 - 8, code 3.5 - 1
     assert texts(matrix) == [
-        ["fused", "3.00", "6.00"],
+        ["base", "1.00", "2.00"],
         ["stage 1/2", "3.50", "8.00"],
         ["final", "5.00", "7.50"],
         ["change after own stage", ABSENT, "-0.50"],
@@ -114,6 +124,18 @@ def test_forgetting_matrix(report):
     ]
     frame = "top right bottom left"
     assert framed(matrix) == {("stage 1/2", "maths"): frame, ("final", "code"): frame}
+
+
+def test_what_starts_with_something_of_every_task_has_no_forward_transfer(report):
+    plain = {**report["sequences"][0], "method": "multi-stage", "start": "base"}
+    report["sequences"].append(plain)
+    text, summary, own, other = forgetting.section(report).blocks
+    assert texts(summary) == [["CPI-FT", "2", "-0.50", ABSENT], ["multi-stage", "2", "-0.50", "+2.50"]]
+    assert [row[0] for row in texts(own)] == ["fused", "stage 1/2", "final", "change after own stage"]
+    assert [row[0] for row in texts(other)][-2:] == ["change after own stage", "above base before it"]
+    assert text.count("A sequence that starts from “fused” has no forward transfer here") == 1
+    report["sequences"] = [plain]
+    assert "A sequence that starts from" not in forgetting.section(report).blocks[0]
 
 
 def test_sequences_without_stages_are_passed_over(report):
@@ -268,3 +290,22 @@ def test_what_is_needed_to_do_it_again(report):
     }  # fmt: skip
     report["recipe"]["tuner"] = "full"
     assert dict(record.facts(report))["tuner"] == "full"
+
+
+def test_stages_made_with_other_versions_are_named(report):
+    now, models = report["versions"], {model["name"]: model for model in report["models"]}
+    for name, versions in {
+        "stage 1/2": {**now, "torch": "2.14.0", "device": "GPU"},
+        "final": now,
+        "multi-task": {**now, "torch": "2.14.0", "device": "GPU"},
+    }.items():
+        models[name]["training"]["versions"] = versions
+    told = "Stages made with other versions: stage 1/2, multi-task (torch 2.14.0, device GPU)."
+    assert told in record.section(report).blocks
+    models["multi-task"]["training"]["versions"] = {"torch": "2.12.0"}
+    told = "Stages made with other versions: stage 1/2 (torch 2.14.0, device GPU); multi-task (torch 2.12.0)."
+    assert told in record.section(report).blocks
+    for name in ("stage 1/2", "multi-task"):
+        models[name]["training"]["versions"] = dict(now)
+    del models["final"]["training"]["versions"]  # as in earlier reports
+    assert not any("other versions" in block for block in record.section(report).blocks if isinstance(block, str))

@@ -45,6 +45,7 @@ def describe(run: Run) -> dict[str, Any]:
         "tokens": sum(training["tokens"] for training in trainings),
         "done": list(run.steps.notes()),
         "stale": stale,
+        "warnings": run.maker.doubts(),
     }
 
 
@@ -67,6 +68,7 @@ def in_words(content: dict[str, Any]) -> str:
     if content["done"]:
         lines.append(f"{len(content['done'])} steps are done in {content['output']}")
     lines += [f"made otherwise than the recipe says: {path} ({reason})" for path, reason in content["stale"].items()]
+    lines += [f"warning: {text}" for text in content["warnings"]]
     return "\n".join(lines)
 
 

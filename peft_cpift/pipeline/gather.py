@@ -7,18 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from peft_cpift.core import CoreRegion
 from peft_cpift.errors import CpiftError
 from peft_cpift.fusion.fuse import REPORT
 from peft_cpift.pipeline import plan
 from peft_cpift.pipeline.plan import Method, Stage, core_file
 from peft_cpift.pipeline.steps import Steps
-from peft_cpift.recipe.reading import parse_recipe
+from peft_cpift.recipe.reading import read_recipe
 from peft_cpift.recipe.tree import Recipe
-
-FORMAT = 1
+from peft_cpift.report.page import FORMAT
 
 
 def gather(folder: Path) -> dict[str, Any]:
@@ -27,12 +24,9 @@ def gather(folder: Path) -> dict[str, Any]:
     Raises:
         CpiftError: the folder is not a run's, or a step is missing.
     """
-    try:
-        recipe = parse_recipe(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    except OSError as error:
-        raise CpiftError(f"{folder} is not the folder of a run: it has no recipe.yaml") from error
-    except yaml.YAMLError as error:
-        raise CpiftError(f"{folder / 'recipe.yaml'} is damaged: start cpift run with your recipe again") from error
+    if not (folder / "recipe.yaml").is_file():
+        raise CpiftError(f"{folder} is not the folder of a run: it has no recipe.yaml")
+    recipe = read_recipe(folder / "recipe.yaml")
     notes = _Notes(folder)
     start = notes[plan.START]["result"]
     found = notes["groups.json"]["result"]
@@ -105,10 +99,9 @@ class _Notes:
 
 
 def _settings(stage: Stage, notes: _Notes) -> dict[str, Any]:
-    fields = notes[stage.path]["settings"]["training"]
-    # How long a baseline trains follows from the tokens of the method, whatever these say.
-    unused = ("max_steps", "num_train_epochs") if stage.settings == "baselines" else ()
-    return {name: value for name, value in fields.items() if name not in unused}
+    """What it was trained with: all that was given, and what counts in any case, as it came to."""
+    note = notes[stage.path]
+    return {**note["settings"]["training"], **note["result"]["settings"]}
 
 
 def _chains(recipe: Recipe, groups: list[list[str]]) -> list[Method]:

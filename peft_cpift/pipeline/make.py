@@ -22,7 +22,7 @@ from peft_cpift.core import CoreRegion, find_core_region, group_tasks, jaccard_m
 from peft_cpift.data import tasks as rows
 from peft_cpift.data.tasks import TaskData
 from peft_cpift.errors import MismatchWarning, NoEffectWarning
-from peft_cpift.evaluation.evaluate import evaluate, measure_losses, normalised_average
+from peft_cpift.evaluation.evaluate import check_lengths, evaluate, measure_losses, normalised_average
 from peft_cpift.evaluation.harness import score_harness
 from peft_cpift.fusion import fuse
 from peft_cpift.pipeline import plan
@@ -30,11 +30,11 @@ from peft_cpift.pipeline.engine import engine
 from peft_cpift.pipeline.gather import gather
 from peft_cpift.pipeline.models import count_parameters, load_model, make_start
 from peft_cpift.pipeline.plan import Stage, core_file
-from peft_cpift.pipeline.settings import fuses_by_coordinate, setting
+from peft_cpift.pipeline.settings import fuses_by_coordinate, machine_settings, setting
 from peft_cpift.pipeline.steps import Steps
 from peft_cpift.pipeline.train import train
 from peft_cpift.processes import on_main, output_folder, say
-from peft_cpift.recipe.tree import Recipe
+from peft_cpift.recipe.tree import Grouping, Recipe
 from peft_cpift.report.page import versions, write_report
 
 Result = dict[str, Any]
@@ -60,7 +60,9 @@ class Maker:
     ):
         self.recipe, self.tuner, self.settings, self.tokenizer = recipe, tuner, settings, tokenizer
         self.data, self.steps, self.folder = data, steps, recipe.output
-        self.calibration = rows.calibration_sets(data, recipe.integration.calibration_fraction, recipe.seed)
+        self.calibration = rows.calibration_sets(
+            data, recipe.integration.calibration_fraction, recipe.seed, tokenizer, self.max_length("integration")
+        )
 
     def start(self) -> Result:
         """theta_0, and what is to be known of the model."""
@@ -75,7 +77,7 @@ class Maker:
 
     def tasks(self) -> Result:
         """How many rows and tokens each task has."""
-        return on_main(lambda: {"tasks": self._describe_tasks()})
+        return on_main(lambda: {"tasks": self._describe_tasks(), "warnings": self.doubts()})
 
     def training(self, stage: Stage, made_from: Mapping[str, Any]) -> Result:
         """A fine-tuned model.
@@ -93,6 +95,7 @@ class Maker:
         checkpoints = self.steps.work(stage.path)
         # A checkpoint of other processes is cut up otherwise, and its steps were of another batch.
         made_from = {**made_from, "processes": PartialState().num_processes, "engine": engine()}
+        made_from["machine"] = machine_settings()
         on_main(lambda: _claim(checkpoints, made_from))
         with output_folder(self.folder / stage.path) as folder:
             training = train(
@@ -109,7 +112,7 @@ class Maker:
             f"{stage.name}: {training.steps} steps at learning rate {training.learning_rate:g}, "
             f"{training.tokens} tokens, {training.seconds:.1f} s, loss {training.loss:.3f}"
         )
-        return dataclasses.asdict(training)
+        return {**dataclasses.asdict(training), "versions": versions()}
 
     def scores(self, name: str, path: str, *, harness: bool = False) -> Result:
         """A model's scores on every task.
@@ -155,7 +158,7 @@ class Maker:
 
     def groups(self) -> Result:
         """Stage 2: join tasks whose cores overlap, and order the groups."""
-        return on_main(self._group)
+        return on_main(lambda: _with_warnings(self._group))
 
     def fused(self, groups: Sequence[Sequence[str]], start: str) -> Result:
         """Stage 3: cores transplanted, the rest interpolated."""
@@ -197,6 +200,10 @@ class Maker:
             return {}
 
         return on_main(make)
+
+    def doubts(self) -> list[str]:
+        """What is surprising about the rows."""
+        return rows.check_held_out(self.data) + check_lengths(self.recipe, self.data, self.tokenizer)
 
     def path(self, path: str) -> Path:
         """Where a step's result is; an absolute path, as of the user's own start, stays what it is."""
@@ -252,13 +259,12 @@ class Maker:
         cores = {task: CoreRegion.load(self.folder / core_file(task)) for task in tasks}
         matrix = jaccard_matrix(cores)
         found = group_tasks(cores, recipe.threshold)
-        warned = _warn_of_groups(found, matrix, recipe.threshold)
         if isinstance(recipe.order, list):
             groups = recipe.order
         else:
             helps = recipe.helps
             if helps == "measured":
-                helps = measured_helps(self.steps.results["transfer.json"]["transfer"])
+                helps = measured_helps(self.steps.results["transfer.json"]["transfer"], found)
             groups = order_groups(
                 found,
                 recipe.order,
@@ -269,6 +275,7 @@ class Maker:
             )
         content = {"tasks": tasks, "jaccard": matrix, "threshold": recipe.threshold, "groups": groups}
         write_json(self.folder / "groups.json", content)
+        warned = _warn_of_groups(groups, matrix, recipe, self.recipe.integration.schedule)
         print(f"groups in order: {', '.join(' + '.join(group) for group in groups)}", flush=True)
         return {**content, "warnings": warned}
 
@@ -296,7 +303,8 @@ class Maker:
         return {key: value for key, value in report.to_dict().items() if key != "tensors"}
 
     def _device(self) -> torch.device:
-        return torch.device("cpu") if self.settings["probe"].get("use_cpu") else PartialState().device
+        use_cpu = (machine_settings() | self.settings["probe"]).get("use_cpu")
+        return torch.device("cpu") if use_cpu else PartialState().device
 
 
 def _announce(count: int, fields: Mapping[str, Any], frozen: int) -> str:
@@ -320,16 +328,17 @@ def _claim(checkpoints: Path, made_from: Mapping[str, Any]) -> None:
 
 
 def _warn_of_groups(
-    groups: Sequence[Sequence[str]], jaccard: Sequence[Sequence[float]], threshold: float
+    groups: Sequence[Sequence[str]], jaccard: Sequence[Sequence[float]], grouping: Grouping, schedule: str
 ) -> list[str]:
     others = [value for i, row in enumerate(jaccard) for j, value in enumerate(row) if i != j]
-    if not any(others):
-        return ["no two tasks share a single core coordinate: each is a group of its own"]
-    if len(groups) == 1:
-        return [
-            f"all tasks are in one group at threshold {threshold:g}: a staged integration freezes nothing; raise "
-            f"grouping.threshold (the overlaps go from {min(others):.3g} to {max(others):.3g})"
-        ]
+    if others and not any(others):
+        return ["no two tasks share a single core coordinate"]
+    if others and len(groups) == 1 and schedule == "staged":
+        cure = f"raise grouping.threshold (the overlaps go from {min(others):.3g} to {max(others):.3g})"
+        at = f" at threshold {grouping.threshold:g}"
+        if isinstance(grouping.order, list):
+            cure, at = "list more groups in grouping.order", ""
+        return [f"all tasks are in one group{at}: a staged integration freezes nothing; {cure}"]
     return []
 
 
@@ -344,4 +353,4 @@ def _with_warnings(make: Callable[[], Result]) -> Result:
             kept.append(str(one.message))
         else:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    return {**result, "warnings": kept}
+    return {**result, "warnings": [*result.get("warnings", []), *kept]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from peft_cpift.checkpoint.reader import ADAPTER_CONFIG, Checkpoint
 from peft_cpift.errors import CpiftError
 from peft_cpift.pipeline.engine import whole_models
 from peft_cpift.recipe.tree import Recipe
+
+LARGE = 10**8
+"""Bytes from which on a file that is not safetensors is known by its size alone."""
+NO_PART = {"README.md", "LICENSE", ".gitattributes"}
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -35,18 +40,30 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def identify(folder: str) -> str | None:
-    """What tells one model or adapter in a local folder from another; None for a name on the Hub.
+def identify(folder: str) -> dict[str, str]:
+    """What tells one model or adapter in a local folder from another, by file.
 
-    Of safetensors it is a digest of names, shapes and some of every tensor's values, of other files their sizes.
+    Of safetensors it is a digest of names, shapes and some of every tensor's values, of other large files their size,
+    and of small ones, such as the configuration and the tokenizer's, a digest of all that is in them.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        return None
+    files = sorted(file for file in Path(folder).iterdir() if file.is_file() and file.name not in NO_PART)
+    parts = {file.name: _describe(file) for file in files if file.suffix != ".safetensors"}
     try:
-        return Checkpoint(path).digest
+        return {**parts, "weights": Checkpoint(folder).digest}
     except CpiftError:  # not safetensors, or quantized
-        return " ".join(sorted(f"{file.name}:{file.stat().st_size}" for file in path.iterdir() if file.is_file()))
+        return {file.name: _describe(file) for file in files}
+
+
+def identify_model(recipe: Recipe) -> dict[str, str | None]:
+    """What tells the recipe's model from another of the same name: its files, or on the Hub its commit."""
+    if Path(recipe.model).is_dir():
+        return identify(recipe.model)
+    return {"commit": AutoConfig.from_pretrained(recipe.model, **_source(recipe))._commit_hash}
+
+
+def _describe(file: Path) -> str:
+    size = file.stat().st_size
+    return f"{size} bytes" if size > LARGE else hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def load_model(recipe: Recipe, folder: Path | None = None, *, to_train: bool = False) -> torch.nn.Module:

@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import get_token
 
 from peft_cpift.checkpoint import Checkpoint, complete_file
@@ -39,11 +38,12 @@ from peft_cpift.fusion.inputs import open_merged, open_own
 from peft_cpift.pipeline import plan
 from peft_cpift.pipeline.failures import explained
 from peft_cpift.pipeline.make import Maker
-from peft_cpift.pipeline.models import identify, load_tokenizer
+from peft_cpift.pipeline.models import identify, identify_model, load_tokenizer
 from peft_cpift.pipeline.plan import Stage, core_file
-from peft_cpift.pipeline.settings import WITHOUT_EFFECT, fuses_by_coordinate, resolve_all, resolve_tuner
+from peft_cpift.pipeline.settings import WITHOUT_EFFECT, fuses_by_coordinate, resolve_all, resolve_tuner, setting
 from peft_cpift.pipeline.steps import Step, Steps
 from peft_cpift.processes import on_main, say
+from peft_cpift.recipe.reading import write_recipe
 from peft_cpift.recipe.tree import Recipe
 
 STAGES = ("probe", "core", "group", "fuse", "integrate", "baselines", "report")
@@ -89,12 +89,13 @@ class Run:
         if recipe.evaluation.lm_eval is not None:
             check_harness(recipe.evaluation.lm_eval)
         self.tokenizer = load_tokenizer(recipe)
-        self.weights = identify(recipe.model)
+        self.model_files = identify_model(recipe)
         self.data = rows.load_tasks(recipe, self.tokenizer)
+        limits = [setting(fields, "max_length") for fields in self.settings.values()]
+        shortest = min((limit for limit in limits if limit is not None), default=None)
+        rows.check_tokens(recipe, self.data, self.tokenizer, shortest)
         self.steps = Steps(self.folder)
         self.maker = Maker(recipe, self.tuner, self.settings, self.tokenizer, self.data, self.steps)
-        for stage in self.settings:
-            rows.check_tokens(recipe, self.data, self.tokenizer, self.maker.max_length(stage))
 
     def run(self, *, stop_after: str | None = None, begin: str | None = None, redo: bool = False) -> Path:
         """See `run`."""
@@ -171,7 +172,7 @@ class Run:
             self._check_stale(stale)
         for path, reason in stale.items():
             say(f"to do again: {path} ({reason})")
-        self.steps.forget([*again, *reversed(list(stale))])
+        self.steps.forget([*again, *stale])
         self._write_recipe()
 
     def _check_stale(self, stale: dict[str, str]) -> None:
@@ -195,14 +196,19 @@ class Run:
             raise CpiftError(f"'fusion.start' {start} does not fit: {error}") from error
 
     def _write_recipe(self) -> None:
-        remove_leftovers(self.folder / "recipe.yaml")
-        with complete_file(self.folder / "recipe.yaml") as file:
-            file.write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), encoding="utf-8")
+        # One job at a time; the lock is in `steps`, which tells a run's folder from others, so it is there first.
+        with self.steps.lock("recipe.yaml"):
+            remove_leftovers(self.folder / "recipe.yaml")
+            with complete_file(self.folder / "recipe.yaml") as file:
+                file.write_text(write_recipe(self.recipe), encoding="utf-8")
 
     def _before_groups(self) -> list[Step]:
         recipe, maker = self.recipe, self.maker
-        keys = ("model", "revision", "dtype", "tuner", "seed", "chat_template")
-        settings = {key: getattr(recipe, key) for key in keys} | {"weights": self.weights}
+        keys = ("model", "revision", "dtype", "tuner", "seed")
+        settings = {key: getattr(recipe, key) for key in keys} | {"model_files": self.model_files}
+        settings["chat_template"] = (
+            recipe.chat_template and self.tokenizer.chat_template
+        )  # that of a file as it is now
         steps = [
             Step(plan.START, "probe", maker.start, settings),
             Step("tasks", "probe", maker.tasks, self._tasks_settings(), leaves_file=False),
@@ -324,6 +330,7 @@ def _check_files(recipe: Recipe) -> None:
     if (
         recipe.push is not None
         and recipe.tuner != "full"
+        and fuses_by_coordinate(recipe)  # else the adapters are fused into the model's own weights
         and Path(recipe.model).is_dir()
         and not recipe.push.base_model
     ):

@@ -71,10 +71,8 @@ WITHOUT_EFFECT = {
     "save_strategy",
     "save_total_limit",
     "dataloader_num_workers",
-    "dataloader_persistent_workers",
     "dataloader_pin_memory",
     "dataloader_prefetch_factor",
-    "dataset_num_proc",
     "ddp_timeout",
     "skip_memory_metrics",
     "torch_empty_cache_steps",
@@ -123,7 +121,7 @@ def resolve_all(recipe: Recipe, tuner: PeftConfig | None) -> dict[str, dict[str,
 def resolve_settings(
     recipe: Recipe, tuner: PeftConfig | None, stage: Mapping[str, Any], section: str = "probe"
 ) -> dict[str, Any]:
-    """The SFTConfig fields of a stage: its own, over the recipe's, over what this machine and tuner call for.
+    """The SFTConfig fields of a stage: its own, over the recipe's, over what the tuner calls for.
 
     Args:
         section: where the stage's own stand in the recipe, for messages.
@@ -136,10 +134,7 @@ def resolve_settings(
         "logging_steps": 0.01,  # of the training: curves of a hundred points, whatever its length
         "logging_nan_inf_filter": False,  # it would hide that a training has diverged
         "save_total_limit": 1,
-        "include_num_input_tokens_seen": "non_padding",
     }
-    if not torch.accelerator.is_available():
-        settings |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
     if tuner is not None and tuner.peft_type == "PROPULSION":
         settings["learning_rate"] = PROPULSION_LEARNING_RATE
     common, own = _check_fields(recipe.training, "training"), _check_fields(stage, f"{section}.training")
@@ -151,7 +146,7 @@ def resolve_settings(
         settings[next(name for name in CHECKPOINTING if hasattr(SFTConfig, name))] = False
     try:
         with tempfile.TemporaryDirectory() as folder:
-            args = SFTConfig(output_dir=folder, **settings)
+            args = SFTConfig(output_dir=folder, **machine_settings() | settings)
     except (TypeError, ValueError) as error:
         where = f"'training' with '{section}.training'" if stage else "'training'"
         raise CpiftError(f"training fields rejected by SFTConfig, {where}: {' '.join(str(error).split())}") from error
@@ -166,6 +161,14 @@ def resolve_settings(
     if setting(settings, "padding_free") and not packing and length is not None:
         raise CpiftError("training field 'padding_free' cuts no rows: set 'max_length' to null, or 'packing' to true")
     return settings
+
+
+def machine_settings() -> dict[str, Any]:
+    """What this machine calls for, under whatever the recipe says: no part of what a training is made from, so that
+    the jobs of a run may go to different machines."""
+    if torch.accelerator.is_available():
+        return {}
+    return {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
 
 
 def setting(settings: Mapping[str, Any], name: str) -> Any:
@@ -189,6 +192,11 @@ def resolve_tuner(recipe: Recipe) -> PeftConfig | None:
             f"'tuner.peft_type' is {kind}, whose adapters are fused as the weights they add up to; none can hold "
             f"single weights frozen: set integration.schedule to none, or use one of {', '.join(FUSABLE_ADAPTERS)}, "
             "or tuner: full"
+        )
+    if not fuses_by_coordinate(recipe) and recipe.baselines.merge:
+        raise CpiftError(
+            f"'tuner.peft_type' is {kind}, whose adapters 'baselines.merge' cannot merge tensor by tensor: take it "
+            f"out, or use one of {', '.join(FUSABLE_ADAPTERS)}, or tuner: full"
         )
     try:
         return get_peft_config({"task_type": "CAUSAL_LM", **recipe.tuner})

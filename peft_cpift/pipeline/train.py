@@ -25,9 +25,16 @@ from peft_cpift.errors import CpiftError
 from peft_cpift.isolation import CoreIsolationCallback
 from peft_cpift.pipeline.engine import KeepsDtypes, gather_state
 from peft_cpift.pipeline.models import load_model, save_model
+from peft_cpift.pipeline.settings import machine_settings
 from peft_cpift.processes import on_main
 from peft_cpift.recipe.tree import Recipe
 
+RESOLVED = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_length", "packing", "bf16", "fp16"),
+)
+"""Fields of SFTConfig that a report names whether they were given or not."""
 LOGGED = ("loss", "learning_rate", "grad_norm", "cpift/masked_grad_norm", "cpift/frozen_fraction")
 
 
@@ -52,6 +59,8 @@ class Training:
     processes: int
     logs: list[dict[str, float]]
     """The Trainer's log: step, loss, learning rate, norms."""
+    settings: dict[str, Any]
+    """What the fields of `RESOLVED` came to, by default or on this machine too."""
 
 
 def train(
@@ -80,7 +89,7 @@ def train(
     Raises:
         CpiftError: the loss or a trained parameter is not finite.
     """
-    args = SFTConfig(output_dir=checkpoints, seed=recipe.seed, **settings)
+    args = SFTConfig(output_dir=checkpoints, seed=recipe.seed, **machine_settings() | settings)
     if args.n_gpu > 1:
         args._n_gpu = 1  # a process has one device; the Trainer would make of several a larger batch, in DataParallel
     training, accelerator = _train(args, recipe, tokenizer, start, rows, output, frozen)
@@ -121,7 +130,7 @@ def _train(
     training = Training(
         steps=result.global_step,
         examples=_rows_seen(result.global_step, len(trainer.train_dataset), args),
-        tokens=int(trainer.state.num_input_tokens_seen),
+        tokens=record.tokens,
         loss=loss,
         learning_rate=args.learning_rate,
         seconds=record.seconds,
@@ -133,6 +142,7 @@ def _train(
             for entry in trainer.state.log_history
             if "loss" in entry
         ],
+        settings={name: getattr(args, name) for name in RESOLVED},
     )
     return training, trainer.accelerator
 
@@ -203,26 +213,31 @@ class _Bar(ProgressCallback):
 
 
 class _Record(TrainerCallback, ExportableState):
-    """Loss and time of a training, kept in its checkpoints: the Trainer's own begin anew when it is resumed."""
+    """Loss, tokens and time of a training, kept in its checkpoints: the Trainer's own loss and time begin anew when it
+    is resumed, and its count of tokens leaves out ends of sequences where these are the padding too."""
 
     def __init__(self) -> None:
         self.loss = 0.0
         """Sum over the steps so far."""
+        self.tokens = 0
         self.logged_loss, self.logged_steps = 0.0, 0
         """The same, and the number of steps, at the last log entry."""
         self.seconds = 0.0
         self._new: torch.Tensor | None = None
         self._since = 0.0
 
-    def add(self, loss: torch.Tensor) -> None:
-        """Take in what one batch adds to the loss of its step; makes no device wait."""
-        # In float64: a sum over all steps so far, to which the next one is added.
-        loss = loss.double() if loss.device.type != "mps" else loss
-        self._new = loss if self._new is None else self._new + loss
+    def add(self, loss: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Take in what one batch adds to the loss of its step, and its tokens; makes no device wait."""
+        # Without a mask there is no padding: the rows of the batch are one long sequence.
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        # In float64: sums over all steps so far, to which the next one is added.
+        loss = loss.double() if loss.device.type != "mps" else loss.float()
+        new = torch.stack([loss, torch.as_tensor(tokens, dtype=loss.dtype, device=loss.device)])
+        self._new = new if self._new is None else self._new + new
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        kept = ("loss", "logged_loss", "logged_steps", "seconds")
+        kept = ("loss", "tokens", "logged_loss", "logged_steps", "seconds")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in kept}}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -259,24 +274,24 @@ class _Record(TrainerCallback, ExportableState):
         self.seconds, self._since = self.seconds + now - self._since, now
         if self._new is None:
             return
-        new = self._new
+        new, self._new = self._new, None
         if args.world_size > 1:
             torch.distributed.all_reduce(new)
-            new = new / args.world_size
-        self.loss, self._new = self.loss + new.item(), None
+        loss, tokens = new.tolist()
+        self.loss, self.tokens = self.loss + loss / args.world_size, self.tokens + round(tokens)
         if not math.isfinite(self.loss):
             raise _diverged(self.loss)
 
 
 class _Trainer(SFTTrainer):
-    """Hands every batch's loss to the record."""
+    """Hands every batch's loss and tokens to the record."""
 
     record: _Record
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
         """As ever."""
-        loss = super().training_step(*args, **kwargs)
-        self.record.add(loss.detach())
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.record.add(loss.detach(), inputs)
         return loss
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -5,6 +5,7 @@ every way in which a training can be given its length. Looking at a recipe must 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from peft_cpift import CpiftError
 from peft_cpift.pipeline.describe import describe, in_words
 from peft_cpift.pipeline.run import Run, run
+from peft_cpift.pipeline.steps import Steps
 from peft_cpift.recipe.reading import parse_recipe
 
 COMMON = {"per_device_train_batch_size": 4, "disable_tqdm": True, "learning_rate": 0.001}
@@ -86,3 +88,18 @@ def test_a_tuner_that_does_not_fit_is_named_by_its_key(tree):
     tree["tuner"]["target_modules"] = ["c_attn"]
     with pytest.raises(CpiftError, match=r"^'tuner': .*c_attn"):
         describe(Run(parse_recipe(tree)))
+
+
+def test_what_is_doubtful_about_the_rows_is_said_before_and_kept_after(tree, task_folder, tmp_path, capsys):
+    tree["data"] = str(shutil.copytree(task_folder, tmp_path / "data"))
+    shutil.copy(tmp_path / "data" / "sums_train.jsonl", tmp_path / "data" / "sums_test.jsonl")
+    tree["evaluation"] = {"max_new_tokens": 1}
+    plan = describe(Run(parse_recipe(tree)))
+    assert any(
+        "rows that task 'sums' is scored on are among those that task 'sums'" in text for text in plan["warnings"]
+    )
+    assert any("longer than evaluation.max_new_tokens (1): raise it to" in text for text in plan["warnings"])
+    assert all(f"warning: {text}" in in_words(plan) for text in plan["warnings"])
+    folder = run(parse_recipe(tree), stop_after="probe")
+    assert Steps(folder).read("tasks")["result"]["warnings"] == plan["warnings"]
+    assert f"warning: {plan['warnings'][0]}" in capsys.readouterr().out

@@ -141,9 +141,21 @@ def test_scores_and_trainings_are_those_of_the_notes(full):
     cores = [CoreRegion.load(folder / file) for file in ("cores/larger.safetensors", "regions/01.safetensors")]
     assert models["final"]["training"]["frozen"] == len(cores[0] | cores[1])
     assert models["stage 1/2"]["training"]["frozen"] == 0
-    steps = {name: report["settings"][name].get("max_steps") for name in report["settings"]}
+    steps = {name: report["settings"][name]["max_steps"] for name in report["settings"]}
     # A baseline's length follows from the method's tokens: what the recipe says of it has no effect.
-    assert steps == {"probe": 2, "multi_stage": 2, "integration": 1, "baselines": None}
+    assert steps == {"probe": 2, "multi_stage": 2, "integration": 1, "baselines": -1}
+    method = [
+        one["training"] for name, one in models.items() if name.startswith(("probe", "multi-stage", "stage", "final"))
+    ]
+    seen, rows = sum(one["tokens"] for one in method), sum(task["train_tokens"] for task in report["tasks"].values())
+    # Given or not, what counts is there.
+    for settings in report["settings"].values():
+        assert (settings["optim"], settings["lr_scheduler_type"], settings["bf16"]) == (
+            "adamw_torch_fused",
+            "linear",
+            False,
+        )
+    assert report["settings"]["baselines"]["num_train_epochs"] == pytest.approx(seen / rows)
 
 
 def test_warnings_are_kept_once(full):
@@ -194,7 +206,7 @@ def test_a_run_that_is_not_finished_says_what_is_missing(full, tmp_path, missing
         gather(folder)
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "it has no recipe.yaml"), ("a: [", "recipe.yaml is damaged")])
+@pytest.mark.parametrize(("text", "message"), [(None, "it has no recipe.yaml"), ("a: [", "recipe.yaml is not YAML")])
 def test_a_folder_that_is_no_run_is_named(tmp_path, text, message):
     if text is not None:
         (tmp_path / "recipe.yaml").write_text(text)

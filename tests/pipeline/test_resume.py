@@ -10,6 +10,7 @@ times, started as a user would. What is noticed, refused and done again is looke
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from peft_cpift import CpiftError
+from peft_cpift.pipeline.engine import engine
 from peft_cpift.pipeline.run import STAGES, Run, probe, run
+from peft_cpift.pipeline.settings import machine_settings
 from peft_cpift.pipeline.steps import Steps
 from peft_cpift.pipeline.train import last_checkpoint
 from peft_cpift.recipe.reading import parse_recipe
@@ -124,11 +127,13 @@ def killed(tree: dict, last: int) -> bool:
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not(tree, undisturbed):
     generator = random.Random(0)
-    kills = 0
-    while killed(tree, 1 + int(generator.expovariate(1 / 40))):  # now and then far enough for the longest step
+    # First while the folder is being made; then now and then far enough for the longest step.
+    later = (1 + int(generator.expovariate(1 / 40)) for _ in itertools.count())
+    moments, kills = itertools.chain(range(1, 10), later), 0
+    while killed(tree, next(moments)):
         kills += 1
         assert kills < 200
-    assert kills >= 20
+    assert kills >= 30
     folder = Path(tree["output"])
     assert contents(folder) == contents(undisturbed)
     assert figures(folder) == figures(undisturbed)
@@ -230,7 +235,11 @@ def test_probes_made_by_jobs_of_their_own_are_taken_over(tree, undisturbed):
     for task in ("larger", "sums"):
         assert probe(recipe, task) == Path(tree["output"]) / "probes" / task
     notes = Steps(recipe.output).notes()
-    assert {path for path in notes if path.startswith("probes/")} == {"probes/larger", "probes/sums"}
+    parts = ("probes/{}", "scores/probes/{}", "cores/{}.safetensors")
+    assert notes.keys() == {"start", *(part.format(task) for task in ("larger", "sums") for part in parts)}
+    with pytest.raises(CpiftError, match=r"probes/larger \(training.learning_rate changed"):
+        probe(parse_recipe({**tree, "training": {**tree["training"], "learning_rate": 2e-3}}), "larger")
+    assert Steps(recipe.output).notes() == notes
     assert contents(run(recipe)) == contents(undisturbed)
     assert notes.items() <= Steps(recipe.output).notes().items()
 
@@ -240,25 +249,100 @@ def test_an_unknown_task_is_named(tree):
         probe(parse_recipe(tree), "sum")
 
 
+def changed(tree: dict) -> dict[str, str]:
+    """The steps that were made otherwise in themselves, and not only after one that was."""
+    return {path: reason for path, reason in Run(parse_recipe(tree)).stale().items() if not reason.startswith("after")}
+
+
 def test_data_that_changed_is_noticed(tree, done, task_folder, tmp_path):
     tree["data"] = str(shutil.copytree(task_folder, tmp_path / "data"))
-    file = tmp_path / "data" / "sums_train.jsonl"
-    file.write_text(file.read_text().replace("+", "-"))
-    stale = Run(parse_recipe(tree)).stale()
-    assert stale["probes/sums"] == "rows.sums changed"
-    assert "probes/letters" not in stale
-    assert "scores/start" not in stale
+    assert not changed(tree)
+    notes = Steps(done).notes()
+    for split in ("train", "test"):
+        file = tmp_path / "data" / f"sums_{split}.jsonl"
+        text = file.read_text()
+        file.write_text(text.replace("+", "-"))
+        found = changed(tree)
+        expected = {path for path in notes if path.startswith("scores/")} if split == "test" else {"probes/sums"}
+        assert {found[path] for path in expected} == {"rows.sums changed"}
+        assert found.keys() == {"tasks", *expected}
+        file.write_text(text)
+    tree["tasks"]["sums"]["answer"] = "=([0-9]*)"
+    assert changed(tree).keys() == {path for path in notes if path.startswith("scores/")}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"revision": "other"}, {"start": "revision changed"}),
+        ({"dtype": "bfloat16"}, {"start": "dtype changed"}),
+        ({"fusion": {"start_weight": 0.5}}, {"fused": "start_weight changed"}),
+        ({"grouping": {"threshold": 0.9}}, {"groups.json": "threshold changed"}),
+        ({"report": {"picture": True}}, {"report": "picture changed"}),
+        ({"push": {"repository": "me/it", "base_model": "me/base"}}, {}),
+        ({"training": {"logging_steps": 5, "report_to": [], "dataloader_num_workers": 1}}, {}),
+    ],
+)
+def test_a_key_concerns_the_steps_that_depend_on_it(tree, done, monkeypatch, change, expected):
+    monkeypatch.setattr("peft_cpift.pipeline.run.get_token", lambda: "hf_some")
+    for key, value in change.items():
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+    assert changed(tree) == expected
+
+
+def test_a_weight_concerns_the_fusion_alone(tree, done):
+    tree["tasks"]["letters"]["weight"] = 2.0
+    assert changed(tree) == {"fused": "weights.letters changed"}
+
+
+def test_an_order_concerns_what_it_is_made_from(tree, done):
+    tree["grouping"] = {"order": "random", "threshold": 1.0}
+    assert changed(tree) == {"groups.json": "order changed"}
+    folder = run(parse_recipe({**tree, "output": tree["output"] + "-random"}), stop_after="group")
+    notes = Steps(folder).notes(), Steps(done).notes()
+    # Only an order by the probes' losses depends on the probes themselves, and only a random one on the seed.
+    assert "probes/sums" not in notes[0]["groups.json"]["after"]
+    assert "probes/sums" in notes[1]["groups.json"]["after"]
+    other = {**tree, "output": str(folder), "seed": 5}
+    assert changed(other)["groups.json"] == "seed changed"
+
+
+def test_a_chat_template_is_known_by_what_it_says_and_not_by_its_file(tree, tmp_path):
+    text = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    file = tmp_path / "chat.jinja"
+    file.write_text(text)
+    tree["chat_template"] = str(file)
+    run(parse_recipe(tree), stop_after="probe")
+    moved = file.rename(tmp_path / "moved.jinja")
+    assert not changed({**tree, "chat_template": str(moved)})
+    moved.write_text(text + "{# the same rows, but another template is saved with the model #}")
+    assert changed({**tree, "chat_template": str(moved)}) == {"start": "chat_template changed"}
 
 
 def test_a_model_that_was_replaced_in_its_folder_is_noticed(tree, tiny_model, tmp_path):
-    tree["model"] = str(shutil.copytree(tiny_model, tmp_path / "model"))
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tree["model"] = str(model)
     run(parse_recipe(tree), stop_after="probe")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
+    (model / "README.md").write_text("Says nothing of what it computes.")
+    assert not Run(parse_recipe(tree)).stale()
+    config, tokenizer = (json.loads((model / name).read_text()) for name in ("config.json", "tokenizer.json"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["0"], vocabulary["9"] = vocabulary["9"], vocabulary["0"]
+    for name, content in (
+        ("config.json", config | {"rms_norm_eps": 0.5}),
+        ("tokenizer.json", tokenizer),
+        ("generation_config.json", {"num_beams": 4}),
+    ):
+        before = (model / name).read_bytes()
+        (model / name).write_text(json.dumps(content))
+        stale = Run(parse_recipe(tree)).stale()
+        assert stale["start"] == f"model_files.{name} changed"
+        assert stale["probes/sums"] == "after start"
+        (model / name).write_bytes(before)
+    weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][3] += 1
-    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    stale = Run(parse_recipe(tree)).stale()
-    assert stale["start"] == "weights changed"
-    assert stale["probes/sums"] == "after start"
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert Run(parse_recipe(tree)).stale()["start"] == "model_files.weights changed"
 
 
 def test_a_result_that_was_removed_is_missed_with_what_follows(tree, done):
@@ -335,6 +419,15 @@ def test_a_task_that_comes_or_goes_leaves_the_others_probes_alone(tree):
     assert report["tasks"].keys() == {"sums", "letters"}
 
 
+def test_what_is_made_again_anyway_may_be_made_otherwise(tree, done):
+    """Without `--redo`: it was told to begin there."""
+    notes = Steps(done).notes()
+    tree["integration"] = {**tree["integration"], "training": {"weight_decay": 0.1}}
+    run(parse_recipe(tree), begin="integrate", stop_after="integrate")
+    again = {path for path, note in Steps(done).notes().items() if note["id"] != notes[path]["id"]}
+    assert again == {path for path, note in notes.items() if note["stage"] == "integrate"}
+
+
 def test_a_refused_command_removes_nothing(tree, done):
     before, notes = contents(done), Steps(done).notes()
     changed = parse_recipe({**tree, "core": {"percent": 20.0}})
@@ -349,6 +442,7 @@ def test_beginning_again_forgets_work_that_was_cut_off(tree, done, undisturbed):
     """Else the stage would go on from the checkpoint that the user wants to be rid of."""
     stage = next(path for path in Steps(done).notes() if path.startswith("stages/01"))
     made_from = {key: Steps(done).read(stage)[key] for key in ("settings", "after")}
+    made_from |= {"processes": 1, "engine": engine(), "machine": machine_settings()}
     steps = Steps(done)
     steps.forget([path for path, note in steps.notes().items() if note["stage"] in STAGES[4:]])
     work = steps.work(stage)
@@ -390,10 +484,13 @@ def test_a_start_of_the_fusion_that_does_not_fit_is_found_before_the_probes(tree
     assert not (Path(tree["output"]) / "probes").exists()
 
 
-def test_a_run_in_which_nothing_moves_ends_with_warnings(tree):
+def test_a_run_in_which_nothing_moves_ends_with_warnings(tree, capsys):
     tree["training"]["learning_rate"] = 1e-12
     report = json.loads((run(parse_recipe(tree)) / "report" / "report.json").read_text())
     assert {core["size"] for core in report["cores"].values()} == {0}
     said = " ".join(report["warnings"])
+    capsys.readouterr()
+    run(parse_recipe(tree))
+    assert "warning" not in capsys.readouterr().out  # they were said when their steps were made
     assert "only 0 of 96 coordinates moved" in said
     assert "no two tasks share a single core coordinate" in said

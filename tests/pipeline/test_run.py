@@ -6,6 +6,8 @@ hold each core bit for bit, and every integration stage leaves the frozen cores'
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,11 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_cpift import CoreRegion, CpiftError, fuse
-from peft_cpift.pipeline.run import run
+from peft_cpift.core import measured_helps
+from peft_cpift.pipeline.run import Run, run
 from peft_cpift.pipeline.steps import Steps
 from peft_cpift.recipe.reading import parse_recipe
 
@@ -35,6 +38,27 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def flat_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.int32)
+
+
+def train_rows(tree: dict, task: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (Path(tree["data"]) / f"{task}_train.jsonl").read_text().splitlines()]
+
+
+def mean_loss(folder: Path, rows: list[dict[str, str]]) -> float:
+    """Mean loss per row of the completions and their ends, a character being a token."""
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    losses = []
+    for row in rows:
+        prompt, whole = (
+            tokenizer(text, return_tensors="pt").input_ids
+            for text in (row["prompt"], row["prompt"] + row["completion"] + tokenizer.eos_token)
+        )
+        labels = whole.clone()
+        labels[:, : prompt.shape[1]] = -100
+        with torch.no_grad():
+            losses.append(float(model(whole, labels=labels).loss))
+    return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -280,6 +304,24 @@ def test_baseline_sees_as_many_tokens_as_the_method(tree, task_folder, tmp_path,
     assert baseline == pytest.approx(sum(training["tokens"] for training in made.values()), rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"packing": True, "max_length": 16}, {"padding_free": True, "max_length": None}]
+)
+def test_every_token_counts_ends_included_and_padding_not(tree, tmp_path, fields):
+    """Also where a model without a padding token pads with its end of sequence, and where there is no mask."""
+    model = Path(shutil.copytree(tree["model"], tmp_path / "model"))
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    del tokenizer["pad_token"]
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert AutoTokenizer.from_pretrained(model).pad_token is None
+    tree["model"] = str(model)
+    tree["training"] |= {"max_steps": -1, "num_train_epochs": 2, **fields}
+    folder = run(parse_recipe(tree), stop_after="probe")
+    for task in ("sums", "larger"):
+        expected = 2 * sum(len(row["prompt"]) + len(row["completion"]) + 1 for row in train_rows(tree, task))
+        assert Steps(folder).read(f"probes/{task}")["result"]["tokens"] == expected
+
+
 def test_a_training_that_diverges_ends_in_one_line(tree):
     tree["probe"] = {"training": {"learning_rate": 1e4, "max_steps": 8}}
     with pytest.raises(CpiftError, match="diverged"):
@@ -334,11 +376,18 @@ def test_every_baseline_and_strategy_in_one_run(tree):
     assert {helper: set(row) for helper, row in transfer.items()} == {
         task: set(tree["tasks"]) - {task} for task in tree["tasks"]
     }
+    # What a probe does for the others' rows is by how much it lowers their loss, computed here from the files alone.
+    data = {task: train_rows(tree, task) for task in tree["tasks"]}
+    base = {task: mean_loss(folder / "start", rows) for task, rows in data.items()}
+    for a, b in (("sums", "letters"), ("larger", "sums")):
+        gain = base[b] - mean_loss(folder / "probes" / a, data[b])
+        assert abs(gain) > 1e-4
+        assert transfer[a][b] * gain > 0
     order = [task for group in report["groups"] for task in group]
-    for a in order:
-        for b in order:
-            if a != b and transfer[a][b] > max(0, transfer[b][a]):
-                assert order.index(a) < order.index(b)
+    pairs = [(a, b) for a in order for b in order if a != b and transfer[a][b] > max(0, transfer[b][a])]
+    assert any(order.index(a) < order.index(b) for a, b in pairs)
+    kept = measured_helps(transfer)
+    assert all(order.index(a) < order.index(b) for a, b in kept)
 
 
 def test_groups_in_order_of_overlap(tree):
@@ -396,13 +445,27 @@ def test_a_start_of_the_users_own(tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("threshold", "percent", "warning"),
-    [(0.0, 30.0, "all tasks are in one group at threshold 0"), (0.1, 1.1, "no two tasks share a single core")],
+    ("grouping", "percent", "schedule", "warning"),
+    [
+        ({"threshold": 0.0}, 30.0, "staged", "all tasks are in one group at threshold 0: .* raise grouping.threshold"),
+        ({"threshold": 0.0}, 30.0, "mixed", None),
+        ({"threshold": 0.0, "order": [["sums"], ["letters", "larger"]]}, 30.0, "staged", None),
+        (
+            {"order": [["sums", "letters", "larger"]]},
+            30.0,
+            "staged",
+            "all tasks are in one group: .*; list more groups",
+        ),
+        ({"threshold": 0.1}, 1.1, "staged", "no two tasks share a single core"),
+    ],
 )
-def test_surprising_groups_are_warned_of(tree, capsys, threshold, percent, warning):
-    tree |= {"grouping": {"threshold": threshold}, "core": {"percent": percent}}
-    run(parse_recipe(tree), stop_after="group")
-    assert f"warning: {warning}" in capsys.readouterr().out
+def test_surprising_groups_are_warned_of(tree, capsys, grouping, percent, schedule, warning):
+    tree |= {"grouping": grouping, "core": {"percent": percent}, "integration": {"schedule": schedule}}
+    folder = run(parse_recipe(tree), stop_after="group")
+    said = Steps(folder).read("groups.json")["result"]["warnings"]
+    assert [bool(re.match(warning, text)) for text in said] == [True] if warning else not said
+    out = capsys.readouterr().out
+    assert all(f"warning: {text}\n" in out for text in said)
 
 
 def test_every_training_says_what_it_is_about_to_do(tree, capsys):
@@ -447,3 +510,6 @@ def test_pushing_is_checked_before_anything_is_trained(tree, monkeypatch):
     with pytest.raises(CpiftError, match=r"is a folder: give push\.base_model"):
         run(recipe)
     assert not Path(tree["output"]).exists()
+    # What adapters are fused into is a whole model, which needs no other.
+    lora = {"tuner": {"peft_type": "LORA", "target_modules": ["q_proj"]}, "integration": {"schedule": "none"}}
+    Run(parse_recipe(tree | lora | {"push": {"repository": "me/result"}}))

@@ -59,7 +59,7 @@ class Steps:
         file = self._note(path)
         try:
             note = json.loads(file.read_text(encoding="utf-8"))
-            return {key: note[key] for key in ("id", "stage", "settings", "after", "result", "seconds")}
+            return {key: note[key] for key in ("id", "stage", "settings", "after", "result", "files", "seconds")}
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -81,8 +81,8 @@ class Steps:
                 reasons[step.path] = f"after {upstream[0]}"
             elif note["after"] != ids:
                 reasons[step.path] = "what it was made from changed"
-            elif step.leaves_file and not (self.folder / step.path).exists():
-                reasons[step.path] = "it is gone"
+            elif step.leaves_file and (damage := self._damage(step.path, note["files"])):
+                reasons[step.path] = damage
         return reasons
 
     def notes(self) -> dict[str, dict[str, Any]]:
@@ -134,11 +134,31 @@ class Steps:
                 "settings": _plain(step.settings),
                 "after": {path: self.read(path)["id"] for path in step.after},
                 "result": _plain(result),
+                "files": self._sizes(step.path) if step.leaves_file else {},
                 "seconds": time.perf_counter() - began,
             }
             write_json(self._note(step.path), note)
             self._remove_work(step.path)
         return share(note)
+
+    def _sizes(self, path: str) -> dict[str, int]:
+        """The files of a step's result, by their places in its folder, and how large they are, in bytes."""
+        result = self.folder / path
+        files = [result] if result.is_file() else [file for file in result.rglob("*") if file.is_file()]
+        return {file.relative_to(result).as_posix(): file.stat().st_size for file in sorted(files)}
+
+    def _damage(self, path: str, files: Mapping[str, int]) -> str | None:
+        """What is missing or cut off of a step's result, in words."""
+        if not (self.folder / path).exists():
+            return "it is gone"
+        found = self._sizes(path)
+        for name, size in files.items():
+            if name not in found:
+                return f"{name} is gone"
+            # Of text there may be reasons to change it: a card is for its reader to write.
+            if found[name] != size and (name == "." or name.endswith(".safetensors")):
+                return "it is damaged" if name == "." else f"{name} is damaged"
+        return None
 
     def work(self, path: str) -> Path:
         """The folder for a step's unfinished work, which is removed when the step is done."""

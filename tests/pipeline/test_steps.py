@@ -350,4 +350,5 @@ def test_different_steps_do_not_wait_for_each_other(tmp_path):
 
 def test_notes_are_plain_json_that_others_can_read(done):
     note = json.loads((done.folder / "steps" / "probes" / "a.json").read_text())
-    assert note.keys() == {"id", "stage", "settings", "after", "result", "seconds"}
+    assert note.keys() == {"id", "stage", "settings", "after", "result", "files", "seconds"}
+    assert note["files"] == {"weights": len("probes/a")}

@@ -128,6 +128,25 @@ def _without_circles(pairs: Iterable[tuple[str, str]], groups: Sequence[Sequence
             yield a, b
 
 
+def circles(helps: Iterable[tuple[str, str]] | str | None) -> list[str]:
+    """A warning if tasks help each other in a circle: they can be ordered only if they are in one group.
+
+    Args:
+        helps: pairs (a, b), task a helps task b; nothing is known yet of those that are to be measured.
+    """
+    if helps is None or isinstance(helps, str):
+        return []
+    sorter = TopologicalSorter()
+    for a, b in helps:
+        sorter.add(b, a)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        names = " -> ".join(error.args[1])
+        return [f"the tasks {names} help each other in a circle: an error, unless their cores put them in one group"]
+    return []
+
+
 def _overlap_with_others(
     group: list[str], groups: list[list[str]], overlap: Mapping[str, Mapping[str, float]]
 ) -> float:

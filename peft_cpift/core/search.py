@@ -241,7 +241,7 @@ def _matching(names: Iterable[str], include: str | Iterable[str], exclude: str |
         and not any(fnmatchcase(name, pattern) for pattern in exclude)
     ]
     if not chosen:
-        raise CpiftError("include and exclude leave no tensor: widen them")
+        raise CpiftError("no tensor is left to look at: include more of them, or exclude fewer")
     return chosen
 
 

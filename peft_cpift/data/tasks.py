@@ -134,6 +134,39 @@ def check_held_out(data: Mapping[str, TaskData]) -> list[str]:
     return found
 
 
+def check_cuts(
+    recipe: Recipe, data: Mapping[str, TaskData], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> list[str]:
+    """A warning for every task of which rows are cut, in training or where their loss is measured.
+
+    Args:
+        max_length: tokens after which training cuts a row; None never does.
+    """
+    found = []
+    for name, task in data.items():
+        for split, rows, key, limit, lost in (
+            ("training", task.train, "training.max_length", max_length, "are left out"),
+            ("held-out", task.test, "evaluation.max_length", recipe.evaluation.max_length, "have no part in the loss"),
+        ):
+            if limit is None:
+                continue
+            long = [prompt for prompt, whole in _lengths(rows, tokenizer) if whole > limit]
+            if long:
+                without = sum(prompt >= limit for prompt in long)
+                found.append(
+                    f"{len(long)} of {len(rows)} {split} rows of task '{name}' are longer than {key} ({limit}) and "
+                    f"lose their end; {without} of them, whose completion begins beyond it, {lost}"
+                )
+    return found
+
+
+def count_begun(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
+    """How many rows have some of their completion within so many tokens."""
+    if max_length is None:
+        return len(rows)
+    return sum(prompt < max_length for prompt, _ in _lengths(rows, tokenizer))
+
+
 def training_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[int]:
     """Tokens of every row that training keeps, ends of sequences included.
 
@@ -141,15 +174,17 @@ def training_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_leng
     if that leaves nothing of its completion.
     """
     limit = math.inf if max_length is None else max_length
+    return [min(whole, limit) for prompt, whole in _lengths(rows, tokenizer) if prompt < limit]
+
+
+def _lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
+    """Tokens of every row's prompt, and of the prompt with its completion and the end of the sequence."""
     end = tokenizer.eos_token
-    lengths = []
     for batch in rows.iter(BATCH):
         ended = [text if text.endswith(end) else text + end for text in batch["completion"]]
         prompts = _tokens(tokenizer, batch["prompt"])
         texts = _tokens(tokenizer, [a + b for a, b in zip(batch["prompt"], ended, strict=True)])
-        kept = (len(text) for prompt, text in zip(prompts, texts, strict=True) if len(prompt) < limit)
-        lengths += [min(length, limit) for length in kept]
-    return lengths
+        yield from zip(map(len, prompts), map(len, texts), strict=True)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -215,6 +250,8 @@ def _load_task(recipe: Recipe, name: str, task: Task, chat: ChatTemplate | None)
     for split, (stored, source) in load_rows(recipe, name).items():
         count = task.train_samples if split == "train" else task.test_samples
         where = f"{split} data of task '{name}'"
+        if count is not None and count > len(stored):
+            warnings.warn(f"the {where} has {len(stored)} rows, and not the {count} asked for", stacklevel=3)
         numbers = _sample(len(stored), count, recipe.seed)
         sample = stored if len(numbers) == len(stored) else stored.select(numbers)
         rows = list(_render(sample, numbers, task, recipe.prompt, chat, where, source))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
-from peft_cpift.data import tasks as rows
 from peft_cpift.pipeline import plan
 from peft_cpift.pipeline.models import count_parameters
 from peft_cpift.pipeline.plan import Stage
-from peft_cpift.pipeline.run import Run
+from peft_cpift.pipeline.run import Run, summarise
 from peft_cpift.pipeline.settings import setting
 
 
@@ -28,14 +28,8 @@ def describe(run: Run) -> dict[str, Any]:
     found = None if "groups.json" in stale else run.steps.read("groups.json")
     order = recipe.grouping.order
     groups = order if isinstance(order, list) else found["result"]["groups"] if found else None
-    stages = plan.probes(recipe)
-    if recipe.fusion.start == "multi_stage":
-        stages += plan.multi_stage(groups or [list(recipe.tasks)])
-    stages += plan.integration(recipe, groups or [list(recipe.tasks)])
-    trainings = [_describe(run, stage) for stage in stages]
-    budget = sum(training["tokens"] for training in trainings)
-    for method in plan.baselines(recipe):
-        trainings.append({"name": method.name, "tokens": budget, "tasks": list(recipe.tasks)})
+    trainings = _trainings(run, groups or [list(recipe.tasks)])
+    alone = trainings if groups else _trainings(run, [[task] for task in recipe.tasks])
     return {
         "output": str(run.folder),
         "parameters": parameters,
@@ -43,6 +37,7 @@ def describe(run: Run) -> dict[str, Any]:
         "groups": groups,
         "trainings": trainings,
         "tokens": sum(training["tokens"] for training in trainings),
+        "most_tokens": sum(training["tokens"] for training in alone),
         "done": list(run.steps.notes()),
         "stale": stale,
         "warnings": run.maker.doubts(),
@@ -64,22 +59,35 @@ def in_words(content: dict[str, Any]) -> str:
         lines.append(f"{one['name']:28} {cells}")
     lines.append(f"{'together':28} {'':>8} {content['tokens']:>12,}")
     if content["groups"] is None:
-        lines.append("the groups follow from the probes; until then all tasks stand in one stage")
+        lines.append(
+            "the groups follow from the probes; until then all tasks stand in one stage: with a group for every task "
+            f"it would be {content['most_tokens']:,} tokens"
+        )
     if content["done"]:
         lines.append(f"{len(content['done'])} steps are done in {content['output']}")
-    lines += [f"made otherwise than the recipe says: {path} ({reason})" for path, reason in content["stale"].items()]
+    if content["stale"]:
+        lines.append(f"made otherwise than the recipe says: {summarise(content['stale'])}")
     lines += [f"warning: {text}" for text in content["warnings"]]
     return "\n".join(lines)
 
 
+def _trainings(run: Run, groups: list[list[str]]) -> list[dict[str, Any]]:
+    recipe = run.recipe
+    stages = plan.probes(recipe)
+    if recipe.fusion.start == "multi_stage":
+        stages += plan.multi_stage(groups)
+    stages += plan.integration(recipe, groups)
+    trainings = [_describe(run, stage) for stage in stages]
+    budget = sum(training["tokens"] for training in trainings)
+    for method in plan.baselines(recipe):
+        trainings.append({"name": method.name, "tokens": budget, "tasks": list(recipe.tasks)})
+    return trainings
+
+
 def _describe(run: Run, stage: Stage) -> dict[str, Any]:
     fields = run.settings[stage.settings]
-    source = run.maker.calibration if stage.calibration else {task: data.train for task, data in run.data.items()}
-    lengths = [
-        length
-        for task in stage.tasks
-        for length in rows.training_lengths(source[task], run.tokenizer, setting(fields, "max_length"))
-    ]
+    found = (run.maker.lengths(task, stage.settings, calibration=stage.calibration) for task in stage.tasks)
+    lengths = list(chain.from_iterable(found))
     batch = setting(fields, "per_device_train_batch_size") * setting(fields, "gradient_accumulation_steps")
     sequences = len(lengths)
     if setting(fields, "packing"):

@@ -19,6 +19,7 @@ from peft_cpift.baselines import merge_baseline
 from peft_cpift.checkpoint import complete_folder
 from peft_cpift.checkpoint.writer import remove, write_json
 from peft_cpift.core import CoreRegion, find_core_region, group_tasks, jaccard_matrix, measured_helps, order_groups
+from peft_cpift.core.order import circles
 from peft_cpift.data import tasks as rows
 from peft_cpift.data.tasks import TaskData
 from peft_cpift.errors import MismatchWarning, NoEffectWarning
@@ -60,6 +61,7 @@ class Maker:
     ):
         self.recipe, self.tuner, self.settings, self.tokenizer = recipe, tuner, settings, tokenizer
         self.data, self.steps, self.folder = data, steps, recipe.output
+        self._lengths: dict[tuple[str, int | None, bool], list[int]] = {}
         self.calibration = rows.calibration_sets(
             data, recipe.integration.calibration_fraction, recipe.seed, tokenizer, self.max_length("integration")
         )
@@ -123,7 +125,8 @@ class Maker:
         model = load_model(self.recipe, self.path(path)).to(self._device())
         scores = evaluate(model, self.tokenizer, self.recipe, self.data)
         average = normalised_average(scores)
-        say(f"{name}: average {average:.2f} | " + "  ".join(f"{t} {10 * s.score:.2f}" for t, s in scores.items()))
+        each = "  ".join(f"{task} {10 * score.score:.2f}" for task, score in scores.items())
+        say(f"{name}: average {average:.2f} of 10 | {each}")
         lm_eval = None
         if harness and self.recipe.evaluation.lm_eval is not None:
             settings = self.recipe.evaluation
@@ -202,8 +205,21 @@ class Maker:
         return on_main(make)
 
     def doubts(self) -> list[str]:
-        """What is surprising about the rows."""
-        return rows.check_held_out(self.data) + check_lengths(self.recipe, self.data, self.tokenizer)
+        """What is surprising about the rows, and about what is said of them."""
+        return [
+            *rows.check_held_out(self.data),
+            *rows.check_cuts(self.recipe, self.data, self.tokenizer, self.max_length("probe")),
+            *check_lengths(self.recipe, self.data, self.tokenizer),
+            *circles(self.recipe.grouping.helps),
+        ]
+
+    def lengths(self, task: str, settings: str, *, calibration: bool = False) -> list[int]:
+        """Tokens of the rows of a task that a stage of these settings trains on."""
+        key = (task, self.max_length(settings), calibration)
+        if key not in self._lengths:
+            source = self.calibration[task] if calibration else self.data[task].train
+            self._lengths[key] = rows.training_lengths(source, self.tokenizer, key[1])
+        return self._lengths[key]
 
     def path(self, path: str) -> Path:
         """Where a step's result is; an absolute path, as of the user's own start, stays what it is."""
@@ -215,27 +231,20 @@ class Maker:
 
     def _describe_tasks(self) -> dict[str, dict[str, int]]:
         described = {}
-        for task, data in self.data.items():
-            lengths = rows.training_lengths(data.train, self.tokenizer, self.max_length("probe"))
-            cut = len(data.train) - len(lengths)
-            more = f" ({cut} more are cut by max_length before their completion)" if cut else ""
-            say(f"task {task}: {len(lengths)} rows to train on{more}, {len(data.test)} to score on")
-            described[task] = {
-                "train_rows": len(lengths),
-                "test_rows": len(data.test),
-                "train_tokens": sum(lengths),
-            }
+        for task in self.data:
+            lengths, limit = self.lengths(task, "probe"), self.recipe.evaluation.max_length
+            # The loss of a completion that begins beyond the limit does not count; other metrics score every row.
+            by_loss = self.recipe.tasks[task].metric == "loss"
+            scored = rows.count_begun(self.data[task].test, self.tokenizer, limit if by_loss else None)
+            say(f"task {task}: {len(lengths)} rows to train on, {scored} to score on")
+            described[task] = {"train_rows": len(lengths), "test_rows": scored, "train_tokens": sum(lengths)}
         return described
 
     def _epochs(self) -> float:
         """Epochs over all tasks in which a baseline sees as many tokens as all trainings of the method together."""
         method = [result for path, result in self.steps.results.items() if path.startswith(plan.TRAINED)]
         budget = sum(result["tokens"] for result in method if "tokens" in result)
-        lengths = (
-            rows.training_lengths(data.train, self.tokenizer, self.max_length("baselines"))
-            for data in self.data.values()
-        )
-        return budget / sum(map(sum, lengths))
+        return budget / sum(sum(self.lengths(task, "baselines")) for task in self.data)
 
     def _region(self, tuned: str, base: str, file: str, name: str) -> Result:
         def make() -> Result:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from huggingface_hub import get_token
 
 from peft_cpift.checkpoint import Checkpoint, complete_file
 from peft_cpift.checkpoint.writer import remove_leftovers
+from peft_cpift.core.search import CoreSearch
 from peft_cpift.data import tasks as rows
 from peft_cpift.errors import CpiftError
 from peft_cpift.evaluation.evaluate import check_metrics
@@ -107,6 +108,7 @@ class Run:
         on_main(lambda: self._prepare(begin, redo))
         first, *others = self._before_groups()
         self._do([first])
+        on_main(self._check_core)
         on_main(self._check_fusion_start)
         if not self._do(others, last):
             return self.folder
@@ -125,7 +127,9 @@ class Run:
             self._write_recipe()
 
         on_main(prepare)
-        self._do(steps)
+        self._do(steps[:1])
+        on_main(self._check_core)
+        self._do(steps[1:])
         return self.folder / "probes" / task
 
     def known_steps(self) -> list[Step]:
@@ -177,11 +181,23 @@ class Run:
 
     def _check_stale(self, stale: dict[str, str]) -> None:
         if stale:
-            listed = ", ".join(f"{path} ({reason})" for path, reason in list(stale.items())[:6])
-            more = f" and {len(stale) - 6} more" if len(stale) > 6 else ""
             raise CpiftError(
-                f"{self.folder} was made otherwise than the recipe now says: {listed}{more}; add --redo to make these "
-                "steps again, or choose another output"
+                f"{self.folder} was made otherwise than the recipe now says: {summarise(stale)}; add --redo to make "
+                "these steps again, or choose another output"
+            )
+
+    def _check_core(self) -> None:
+        """Raise CpiftError if no core can come of the recipe: before the probes in which it would be looked for."""
+        core, start = self.recipe.core, self.folder / plan.START
+        if not fuses_by_coordinate(self.recipe):
+            return  # what an adapter of another kind adds to the weights is known only once it is trained
+        try:
+            search = CoreSearch(start, start, percent=core.percent, scope=core.scope, exclude=core.exclude)
+        except CpiftError as error:
+            raise CpiftError(f"'core.exclude': {error}") from error
+        if not search.wanted:
+            raise CpiftError(
+                f"'core.percent' is {core.percent:g}, which of {search.total:,} coordinates is less than one: raise it"
             )
 
     def _check_fusion_start(self) -> None:
@@ -312,6 +328,14 @@ class Run:
 
     def _core_settings(self) -> dict[str, Any]:
         return dataclasses.asdict(self.recipe.core)
+
+
+def summarise(stale: Mapping[str, str]) -> str:
+    """Steps that are to be made again: those that differ by themselves with the reason, and how many follow."""
+    own = {path: reason for path, reason in stale.items() if not reason.startswith("after ")} or stale
+    listed = [f"{path} ({reason})" for path, reason in list(own.items())[:6]]
+    more = f", and {len(stale) - len(listed)} that follow" if len(stale) > len(listed) else ""
+    return ", ".join(listed) + more
 
 
 def _check_files(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from peft_cpift import CpiftError, order_groups
 from peft_cpift.core import measured_helps
+from peft_cpift.core.order import circles
 from peft_cpift.errors import NoEffectWarning
 
 PROPERTY = settings(max_examples=150, deadline=None, database=None)
@@ -253,6 +254,12 @@ def test_what_is_left_of_measured_help_can_always_be_ordered(drawn, size):
     assert all(place[a] <= place[b] for a, b in kept)
     left = [(a, b) for a, b in measured_helps(transfer, [list(tasks)]) if (a, b) not in kept]
     assert [str(one.message).split(",")[0] for one in caught] == [f"'{a}' helps '{b}'" for a, b in left]
+
+
+def test_tasks_that_help_each_other_in_a_circle_are_told():
+    assert circles([("a", "b"), ("b", "c")]) == circles("measured") == circles(None) == []
+    (text,) = circles([("a", "b"), ("b", "c"), ("c", "a")])
+    assert re.match(r"the tasks (\w) -> \w -> \w -> \1 help each other in a circle", text)
 
 
 def test_the_least_clear_pair_of_a_circle_is_left_aside():

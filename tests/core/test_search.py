@@ -467,7 +467,7 @@ def test_what_is_included_and_not_excluded_is_considered(include, exclude):
         and not any(fnmatchcase(name, pattern) for pattern in exclude)
     ]
     if not chosen:
-        with pytest.raises(CpiftError, match="leave no tensor"):
+        with pytest.raises(CpiftError, match="no tensor is left to look at"):
             find_core_region(tuned, base, include=include, exclude=exclude)
         return
     region = find_core_region(tuned, base, percent=50, include=iter(include), exclude=tuple(exclude))

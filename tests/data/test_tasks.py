@@ -121,6 +121,28 @@ def test_held_out_rows_that_are_trained_on_are_told(tree, tmp_path):
     ]
 
 
+def test_rows_that_are_cut_are_told(tree, tmp_path):
+    own = [{"prompt": "?" * n, "completion": "abc"} for n in range(1, 11)]
+    tree |= {"data": None, "tasks": write_rows(tmp_path, {"a": (own, {}), "b": (PAIRS, {})})}
+    tree["evaluation"] = {"max_length": 12}
+    recipe, data = parse_recipe(tree), load(tree)
+    # With their end rows have 5 to 14 tokens.
+    assert rows.check_cuts(recipe, data, joining_tokenizer(), 8) == [
+        "6 of 10 training rows of task 'a' are longer than training.max_length (8) and lose their end; 3 of them, "
+        "whose completion begins beyond it, are left out",
+        "2 of 10 held-out rows of task 'a' are longer than evaluation.max_length (12) and lose their end; 0 of them, "
+        "whose completion begins beyond it, have no part in the loss",
+    ]
+    assert len(rows.check_cuts(recipe, data, joining_tokenizer(), None)) == 1
+    assert [rows.count_begun(data["a"].test, joining_tokenizer(), limit) for limit in (None, 8, 2)] == [10, 7, 1]
+
+
+def test_fewer_rows_than_asked_for_are_told(tree):
+    tree["tasks"] = {"sums": {"train_samples": 25}, "letters": {}}
+    with pytest.warns(UserWarning, match="the train data of task 'sums' has 24 rows, and not the 25 asked for"):
+        load(tree)
+
+
 def test_lengths_are_those_of_the_rows_that_training_keeps():
     data = Dataset.from_list([{"prompt": "abc", "completion": "de"}, {"prompt": "a", "completion": "b"}])
     assert rows.training_lengths(data, joining_tokenizer(), None) == [6, 3]

@@ -5,6 +5,7 @@ every way in which a training can be given its length. Looking at a recipe must 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -67,7 +68,13 @@ def test_groups_that_are_not_known_stand_as_one(tree):
         *(("probe sums", 24), ("probe letters", 16), ("probe larger", 24)),
         *(("multi-stage 1/1", 64), ("final", 24), ("multi-task", None)),
     ]
-    assert "until then all tasks stand in one stage" in in_words(plan)
+    # Groups of one would each be a stage, and with steps that are given each stage costs as much.
+    alone = describe(Run(parse_recipe(tree | {"grouping": {"order": [["sums"], ["letters"], ["larger"]]}})))
+    assert alone["tokens"] == alone["most_tokens"] == plan["most_tokens"] > plan["tokens"]
+    words = in_words(plan)
+    assert "until then all tasks stand in one stage: with a group for every task it would be" in words
+    assert f"{plan['most_tokens']:,} tokens" in words
+    assert "until then" not in in_words(alone)
 
 
 def test_a_changed_recipe_is_described_as_it_is_now(tree):
@@ -79,7 +86,9 @@ def test_a_changed_recipe_is_described_as_it_is_now(tree):
     assert plan["groups"] is None
     assert plan["stale"]["probes/larger"] == "the recipe has it no longer"
     words = in_words(plan)
-    assert "made otherwise than the recipe says: groups.json (tasks changed)" in words
+    assert re.search(
+        r"made otherwise than the recipe says: .*groups.json \(tasks changed\), .*, and \d that follow", words
+    )
     assert f"steps are done in {tree['output']}" in words
     assert max(map(len, words.splitlines()[:8])) < 100
 

@@ -31,7 +31,7 @@ from peft_cpift.pipeline.run import STAGES, Run, probe, run
 from peft_cpift.pipeline.settings import machine_settings
 from peft_cpift.pipeline.steps import Steps
 from peft_cpift.pipeline.train import last_checkpoint
-from peft_cpift.recipe.reading import parse_recipe
+from peft_cpift.recipe.reading import parse_recipe, read_recipe
 
 PARTS = ("start", "probes", "cores", "regions", "groups.json", "multi_stage", "fused", "stages", "final", "baselines")
 
@@ -347,8 +347,57 @@ def test_a_model_that_was_replaced_in_its_folder_is_noticed(tree, tiny_model, tm
 
 def test_a_result_that_was_removed_is_missed_with_what_follows(tree, done):
     shutil.rmtree(done / "fused")
-    with pytest.raises(CpiftError, match=r"fused \(it is gone\), scores/fused \(after fused\)"):
+    with pytest.raises(CpiftError, match=r"fused \(it is gone\), and \d+ that follow; add"):
         run(parse_recipe(tree))
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("probes/sums/adapter_model.safetensors", r"probes/sums \(adapter_model.safetensors is damaged\)"),
+        ("final/adapter_model.safetensors", r"final \(adapter_model.safetensors is damaged\)"),
+        ("cores/letters.safetensors", r"cores/letters.safetensors \(it is damaged\)"),
+        ("groups.json", r"groups.json \(it is damaged\)"),
+    ],
+)
+def test_a_result_that_was_cut_off_or_lost_is_missed_and_made_again(tree, done, undisturbed, file, reason):
+    (done / file).write_bytes((done / file).read_bytes()[:-1])
+    with pytest.raises(CpiftError, match=reason):
+        run(parse_recipe(tree))
+    assert contents(run(parse_recipe(tree), redo=True)) == contents(undisturbed)
+
+
+def test_a_report_that_was_removed_is_made_again(tree, done):
+    (done / "report" / "index.html").unlink()
+    with pytest.raises(CpiftError, match=r"recipe now says: report \(index.html is gone\); add --redo"):
+        run(parse_recipe(tree))
+    run(parse_recipe(tree), begin="report")
+    assert (done / "report" / "index.html").is_file()
+    # What is written for readers, they may change.
+    (done / "final" / "README.md").write_text("Ours.")
+    (done / "report" / "report.md").write_text("Noted.")
+    run(parse_recipe(tree))
+
+
+def test_a_recipe_that_was_damaged_in_the_folder_is_written_again(tree, done):
+    (done / "recipe.yaml").write_text("")
+    run(parse_recipe(tree))
+    assert read_recipe(done / "recipe.yaml").to_dict() == parse_recipe(tree).to_dict()
+
+
+def test_work_that_was_begun_with_other_settings_is_thrown_away(tree, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("cut off")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("peft_cpift.pipeline.train.save_model", fail)
+        with pytest.raises(RuntimeError, match="cut off"):
+            run(parse_recipe(tree))
+    assert last_checkpoint(Steps(Path(tree["output"])).work("probes/sums")) is not None
+    tree["training"]["learning_rate"] = 2e-3
+    folder = run(parse_recipe(tree), stop_after="probe")
+    fresh = run(parse_recipe({**tree, "output": tree["output"] + "-fresh"}), stop_after="probe")
+    assert contents(folder) == contents(fresh)
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
@@ -410,7 +459,7 @@ def test_a_task_that_comes_or_goes_leaves_the_others_probes_alone(tree):
     assert kept.items() <= Steps(folder).notes().items()
     report = json.loads((folder / "report" / "report.json").read_text())
     assert report["tasks"].keys() == {"sums", "letters", "larger"}
-    with pytest.raises(CpiftError, match=r"probes/larger \(the recipe has it no longer\)|and \d+ more; add --redo"):
+    with pytest.raises(CpiftError, match=r"\(the recipe has it no longer\), and \d+ that follow; add --redo"):
         run(parse_recipe(two))
     run(parse_recipe(two), redo=True)
     assert kept.items() <= Steps(folder).notes().items()

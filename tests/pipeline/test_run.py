@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_cpift import CoreRegion, CpiftError, fuse
 from peft_cpift.core import measured_helps
-from peft_cpift.pipeline.run import Run, run
+from peft_cpift.pipeline.run import Run, probe, run
 from peft_cpift.pipeline.steps import Steps
 from peft_cpift.recipe.reading import parse_recipe
 
@@ -201,6 +201,22 @@ def test_an_output_that_holds_something_is_left_alone(tree):
     with pytest.raises(CpiftError, match="holds something else than a run"):
         run(parse_recipe(tree))
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("core", "message"),
+    [
+        ({"exclude": ["*"]}, "'core.exclude': no tensor is left to look at"),
+        ({"exclude": ["*wte*"]}, r"'core.exclude': no tensor matches '\*wte\*'"),
+        ({"percent": 0.001}, "'core.percent' is 0.001, which of 96 coordinates is less than one: raise it"),
+    ],
+)
+def test_a_recipe_of_which_no_core_can_come_is_refused_before_the_probes(tree, core, message):
+    recipe = parse_recipe(tree | {"core": core})
+    for start in (run, lambda recipe: probe(recipe, "sums")):
+        with pytest.raises(CpiftError, match=message):
+            start(recipe)
+        assert not (recipe.output / "probes").exists()
 
 
 def test_modules_that_the_model_has_not_are_named(tree):

@@ -17,7 +17,7 @@ SPLITS = ("train", "test")
 KINDS = {
     ".jsonl": "JSON lines of equal keys",
     ".json": "JSON objects of equal keys",
-    ".csv": "CSV with a header",
+    ".csv": "CSV with a header, in UTF-8",
     ".parquet": "Parquet",
 }
 

@@ -27,6 +27,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises:
         CpiftError: the model or its tokenizer cannot be found or has no end-of-sequence token.
     """
+    if recipe.model.startswith(("/", "./", "../", "~")) and not Path(recipe.model).is_dir():
+        raise CpiftError(f"model '{recipe.model}' is not a folder: give a folder, or a name on the Hub")
     try:
         AutoConfig.from_pretrained(recipe.model, **_source(recipe))
         tokenizer = AutoTokenizer.from_pretrained(recipe.model, **_source(recipe))

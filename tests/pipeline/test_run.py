@@ -175,6 +175,7 @@ def test_picture(tree):
     ("change", "message"),
     [
         ({"model": "no/such-model"}, "cannot load model 'no/such-model'"),
+        ({"model": "/no/such"}, "model '/no/such' is not a folder: give a folder, or a name on the Hub"),
         ({"data": "nowhere"}, r"task 'sums' has no file nowhere/sums_train\.jsonl"),
         ({"training": {"learning_rat": 1}}, r"unknown training field 'training.learning_rat': did you mean"),
         ({"tuner": {"peft_type": "NONSENSE"}}, "'NONSENSE', which PEFT does not know"),

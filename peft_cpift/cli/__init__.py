@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 import time
 import warnings
@@ -23,8 +25,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PACKAGE = Path(__file__).parents[1]
+INTERRUPTED = 130
+GOES_ON = ": the same command goes on from here"
 GRACE = 5
 """Seconds for which a process leaves it to the first one to say what is wrong."""
+UsageError = typer.BadParameter.__base__
+"""Click's, which newer typers bring along under a name of their own, and older ones import."""
 FROM_A_RECIPE = "From a recipe"
 app.command(rich_help_panel=FROM_A_RECIPE)(runs.init)
 app.command(rich_help_panel=FROM_A_RECIPE, cls=runs.WithKeys)(runs.validate)
@@ -45,7 +51,7 @@ def main() -> None:
     """Run the command line.
 
     Exit codes: 0, all went well; 2, something in the call or its files is wrong, which the user can mend; 1, the disk
-    failed, as when it is full. Either is one line without a traceback.
+    failed, as when it is full; 130, it was interrupted. Each is one line without a traceback.
 
     Of several processes the first one has the word. What another one fails at, the first one mostly fails at too, and
     then the launcher ends the other while it waits; only what it meets alone it says itself.
@@ -56,12 +62,37 @@ def main() -> None:
             if others:
                 warnings.simplefilter("ignore")
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
-            app()
-    except (CpiftError, OSError) as error:
+            code = app(None if sys.argv[1:] else ["--help"], standalone_mode=False)
+    except (CpiftError, UsageError, OSError) as error:
         if others:
             time.sleep(GRACE)
-        print(f"cpift: error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, CpiftError) else 1) from None
+        text = _explain(error) if isinstance(error, UsageError) else error
+        print(f"cpift: error: {text}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, OSError) else 2) from None
+    except (KeyboardInterrupt, typer.Abort):  # typer makes the one into the other, or into the exit code
+        code = INTERRUPTED
+    if code == INTERRUPTED and not others:
+        print(f"cpift: interrupted{GOES_ON if _goes_on(sys.argv[1:]) else ''}", file=sys.stderr)
+    raise SystemExit(code or 0)
+
+
+def _explain(error: Exception) -> str:
+    """A wrong call in one line, with the nearest of the choices where there are some."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    given = re.search(r"'([^']*)' is not one of (.*)", message)
+    near = difflib.get_close_matches(given[1], re.findall(r"'([^']*)'", given[2]), n=1) if given else []
+    if message.endswith(("?", ")")):  # it names the nearest command or option itself
+        return message
+    command = error.ctx.command_path if error.ctx else "cpift"
+    return f"{message}: " + (f"did you mean '{near[0]}'?" if near else f"see {command} --help")
+
+
+def _goes_on(arguments: list[str]) -> bool:
+    """Whether the same call would go on: a demo takes a new folder by itself, and --from begins there again."""
+    command, options = arguments[:1], {argument.partition("=")[0] for argument in arguments[1:]}
+    return (
+        "--output" in options if command == ["demo"] else command in (["run"], ["probe"]) and "--from" not in options
+    )
 
 
 def _show_warning(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:

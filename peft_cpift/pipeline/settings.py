@@ -186,7 +186,14 @@ def resolve_tuner(recipe: Recipe) -> PeftConfig | None:
         return None
     kind = recipe.tuner.get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise CpiftError(f"'tuner.peft_type' is {kind!r}, which PEFT does not know: use PROPULSION, or tuner: full")
+        types = [str(getattr(known, "value", known)) for known in PEFT_TYPE_TO_CONFIG_MAPPING]
+        cure = _did_you_mean(str(kind).upper(), types) or "use PROPULSION, or tuner: full"
+        raise CpiftError(f"'tuner.peft_type' is {kind!r}, which PEFT does not know: {cure}")
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    names = [field.name for field in dataclasses.fields(config) if field.init]
+    for name in recipe.tuner.keys() - set(names):
+        cure = _did_you_mean(name, names) or f"see the fields of {config.__name__}"
+        raise CpiftError(" ".join(f"unknown field 'tuner.{name}': {cure}".split()))
     if not fuses_by_coordinate(recipe) and recipe.integration.schedule != "none":
         raise CpiftError(
             f"'tuner.peft_type' is {kind}, whose adapters are fused as the weights they add up to; none can hold "
@@ -209,6 +216,11 @@ def fuses_by_coordinate(recipe: Recipe) -> bool:
     return recipe.tuner == "full" or recipe.tuner.get("peft_type") in FUSABLE_ADAPTERS
 
 
+def _did_you_mean(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean '{near[0]}'?" if near else ""
+
+
 def _check_fields(fields: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The given fields of SFTConfig, converted to their types; SFTConfig itself takes any value for most of them."""
     types = get_type_hints(SFTConfig)
@@ -219,8 +231,7 @@ def _check_fields(fields: Mapping[str, Any], path: str) -> dict[str, Any]:
         if name in REFUSED_SETTINGS:
             raise CpiftError(f"{key} is not for a recipe: {REFUSED_SETTINGS[name]}")
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            cure = f"did you mean '{near[0]}'?" if near else "see the fields of trl.SFTConfig"
+            cure = _did_you_mean(name, names) or "see the fields of trl.SFTConfig"
             raise CpiftError(f"unknown {key}: {cure}")
         try:
             checked[name] = TypeAdapter(Annotated[types[name], RANGES.get(name)]).validate_python(value)

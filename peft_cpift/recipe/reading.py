@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import reprlib
+import shlex
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,7 +79,10 @@ def read_recipe(file: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
         raise CpiftError(f"cannot read recipe {file}: {error}") from error
     tree = _load(text, f"recipe {file}")
     if not isinstance(tree, dict):
-        raise CpiftError(f"recipe {file} is not a mapping of keys to values: see recipes/ for examples")
+        raise CpiftError(
+            f"recipe {file} is {'empty' if tree is None else 'not a mapping of keys to values'}: write one by "
+            "cpift init; one in a run's folder is written again by cpift run"
+        )
     for override in overrides:
         _override(tree, override)
     return parse_recipe(tree)
@@ -103,7 +108,8 @@ def parse_recipe(tree: dict[str, Any]) -> Recipe:
     try:
         return TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:
-        raise CpiftError(_one_line("; ".join(_explain(problem) for problem in error.errors()))) from None
+        problems = _of_one_branch(error.errors())
+        raise CpiftError(_one_line("; ".join(map(_explain, problems)))) from None
 
 
 def _load(text: str, what: str) -> Any:
@@ -120,7 +126,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
     path, found, text = override.partition("=")
     if not found or not path:
         raise CpiftError(_one_line(f"'{override}' is not of the form key=value, for instance core.percent=0.5"))
-    value = _load(text, f"the value of '{path}'")
+    try:
+        value = _load(text, f"the value of '{path}'")
+    except CpiftError as error:
+        quoted = shlex.quote(f"{path}={json.dumps(text, ensure_ascii=False)}")
+        cure = "put a text in quotes of its own" + (f": {quoted}" if len(quoted) < 100 else "")
+        raise CpiftError(_one_line(f"{error}; {cure}")) from error
     while "." in path and path not in tree:
         # A task's name may have dots of its own.
         known = [key for key in tree if isinstance(key, str) and path.startswith(f"{key}.")]
@@ -131,6 +142,26 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree[key] = dict(tree.get(key) or {})  # a copy, for YAML's aliases make one mapping stand in several places
         tree = tree[key]
     tree[path] = value
+
+
+BRANCH = re.compile(r"(literal|dict|list)(\[|$)")
+
+
+def _of_one_branch(problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a choice or something else, what the given value was meant to be: a text a choice, and all else no choice."""
+    meant = {}
+    for problem in problems:
+        *where, last = problem["loc"] or ("",)
+        if str(last).startswith("literal["):
+            meant[tuple(where)] = isinstance(problem["input"], str)
+
+    def fits(location: tuple) -> bool:
+        for depth, part in enumerate(location):
+            if location[:depth] in meant and BRANCH.match(str(part)):
+                return meant[location[:depth]] == str(part).startswith("literal[")
+        return True
+
+    return [problem for problem in problems if fits(problem["loc"])]
 
 
 def _explain(problem: dict[str, Any]) -> str:
@@ -145,12 +176,23 @@ def _explain(problem: dict[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if where == "recipe" or problem["type"] == "value_error":
         return message if where == "recipe" else f"'{where}': {message}"
-    return f"'{where}': {message}, got {reprlib.repr(problem['input'])}"
+    value = problem["input"]
+    if problem["loc"][-1] == "[key]":
+        return f"'{where}': a key is a text: quote it, as in '{value}':"
+    if problem["type"] == "dataclass_type":
+        kinds = {kind.__name__: kind for _, kind in sections()}
+        keys = ", ".join(field.name for field in dataclasses.fields(kinds[problem["ctx"]["class_name"]]))
+        message = f"is a section with the keys {keys}"
+    near = []
+    if problem["type"] == "literal_error" and isinstance(value, str):
+        near = difflib.get_close_matches(value.lower(), re.findall(r"'(\w+)'", problem["ctx"]["expected"]), n=1)
+    cure = f": did you mean '{near[0]}'?" if near else ""
+    return f"'{where}': {message}, got {reprlib.repr(value)}{cure}"
 
 
 def _path(location: Sequence[str | int]) -> list[str]:
     """The user's path: pydantic also names the branch of a union, and marks a mapping's key."""
-    return [str(part) for part in location if not re.match(r"(literal|dict|list)(\[|$)|\[key\]", str(part))]
+    return [str(part) for part in location if not BRANCH.match(str(part)) and part != "[key]"]
 
 
 def _one_line(text: str) -> str:

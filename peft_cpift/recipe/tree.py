@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from huggingface_hub.utils import validate_repo_id
-from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from peft_cpift.recipe.templates import Template, variables
 
 # The text under a field is its description, for whoever reads the tree by its schema.
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # files are named after it
+
+
+def _named(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(
+            "is no name of a task, after which files are named: up to 100 letters, digits, '.', '_' and '-', "
+            "the first one a letter or digit"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_named)]
 
 
 def _filled(section: object) -> object:
@@ -267,7 +288,7 @@ class Report:
 class Push:
     """Where the result goes on the Hub when the run is done."""
 
-    repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    repository: str
     """As `user/name`; made if it does not exist."""
     private: Switch = False
     """Make a new repository a private one; one that is there and public is refused."""
@@ -277,6 +298,8 @@ class Push:
     @field_validator("repository")
     @classmethod
     def _allowed(cls, repository: str) -> str:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+            raise ValueError(f"is not of the form user/name, got {repository!r}")
         validate_repo_id(repository)
         return repository
 
@@ -338,13 +361,29 @@ class Recipe:
     def _several(cls, tasks: dict[str, Task]) -> dict[str, Task]:
         if len(tasks) < 2:
             raise ValueError("there is nothing to fuse with fewer than two tasks: add another")
+        if "average" in tasks:
+            raise ValueError("the scores have a column 'average' over all tasks: give the task 'average' another name")
+        alike: dict[str, str] = {}
+        for name in tasks:
+            other = alike.setdefault(name.lower(), name)
+            if other != name:
+                raise ValueError(f"'{other}' and '{name}' would share their files on some disks: rename one")
         return tasks
+
+    @field_validator("tuner", mode="before")
+    @classmethod
+    def _form(cls, tuner: object) -> object:
+        if tuner != "full" and not isinstance(tuner, dict):
+            raise ValueError(f"is full, or a PEFT configuration {{peft_type: LORA, ...}}, got {reprlib.repr(tuner)}")
+        return tuner
 
     @model_validator(mode="after")
     def _agree(self):
         for name, task in self.tasks.items():
             if self.data is None and task.hub is None and task.files is None:
                 raise ValueError(f"task '{name}' has no data: give tasks.{name}.hub or tasks.{name}.files")
+            if self.data is not None and task.files is not None:
+                raise ValueError(f"'data' is read in place of 'tasks.{name}.files': give one of the two")
             if self.data is None and task.messages is not None and self.chat_template is None:
                 raise ValueError(
                     f"task '{name}' has messages, which need a chat_template: set it to 'model' or to a Jinja file"

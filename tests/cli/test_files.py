@@ -393,7 +393,7 @@ def test_mistakes_are_one_line_and_leave_no_file(call, probes):
         (["core", probes / "maths", "-o", probes / "x", "--scope", "layer"], "unknown scope 'layer'"),
         (["core", probes / "maths", "-o", probes / "x", "--coordinates", "all"], "unknown coordinates 'all'"),
         (["core", probes / "maths", "-o", probes / "x", "--include", "head"], "no tensor matches 'head'"),
-        (["core", probes / "maths", "-o", probes / "x", "--exclude", "*"], "leave no tensor"),
+        (["core", probes / "maths", "-o", probes / "x", "--exclude", "*"], "no tensor is left to look at"),
         (["core", probes / "maths", "-o", probes / "maths" / "adapter_model.safetensors"], "exists: choose another"),
         (["demo", "--output", probes / "maths"], "something else than a demo: choose another"),
         (["group", f"a={probes / 'none'}"], "cannot read core region"),

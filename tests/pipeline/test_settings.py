@@ -257,7 +257,11 @@ def test_ranges_and_what_has_no_effect_are_fields():
         ({"peft_type": 3}, "'tuner.peft_type' is 3, which PEFT does not know"),
         ({}, "'tuner.peft_type' is None"),
         ({"peft_type": "LORA"}, "set integration.schedule to none, or use one of"),
-        ({"peft_type": "PROPULSION", "degre": 3}, "'tuner': "),
+        ({"peft_type": "lora"}, "'tuner.peft_type' is 'lora', which PEFT does not know: did you mean 'LORA'?"),
+        ({"peft_type": "Propulson"}, "did you mean 'PROPULSION'?"),
+        ({"peft_type": "PROPULSION", "degre": 3}, "unknown field 'tuner.degre': did you mean 'degree'?"),
+        ({"peft_type": "PROPULSION", "zzz": 3}, "unknown field 'tuner.zzz': see the fields of PropulsionConfig"),
+        ({"peft_type": "IA3", "target_module": "x"}, "'tuner.target_module': did you mean 'target_modules'?"),
         ({"peft_type": "PROPULSION", "degree": 0}, "'tuner': "),
     ],
 )

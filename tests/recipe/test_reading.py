@@ -183,7 +183,13 @@ def test_traps(refused, text, message):
 @pytest.mark.parametrize("text", ["- a\n", "", "# nothing\n", "3\n", "~\n", "---\n", "text\n"])
 def test_files_that_hold_no_mapping(tmp_path, text):
     (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(CpiftError, match=r"recipe .*r\.yaml is not a mapping of keys to values"):
+    with pytest.raises(CpiftError, match=r"recipe .*r\.yaml is (empty|not a mapping of keys to values): write one by"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_an_empty_file_is_called_so(tmp_path):
+    (tmp_path / "r.yaml").touch()
+    with pytest.raises(CpiftError, match=r"r\.yaml is empty: write one by cpift init; one in a run's folder is"):
         read_recipe(tmp_path / "r.yaml")
 
 
@@ -270,13 +276,15 @@ def test_overrides_reach_tasks_with_dots_in_their_names(tmp_path):
         ("tasks.a.weight.x=1", "'weight' has no keys below it"),
         ("core.percent=[", "the value of 'core.percent' is not YAML"),
         ("core.percent=!!bool maybe", "is a tag"),
+        ("prompt={{ promt }}", """; put a text in quotes of its own: 'prompt="{{ promt }}"'"""),
+        ("core.exclude=*embed*", """; put a text in quotes of its own: 'core.exclude="*embed*"'"""),
         ("core.percent=" + "[" * 3000, "the value of 'core.percent' is not YAML"),
         ("core.percentage=1", "unknown key 'core.percentage': did you mean 'percent'?"),
         ("seed = 3", "unknown key 'seed ': did you mean 'seed'?"),
         ("core..percent=1", "unknown key 'core.'"),
         (".core=1", "unknown key ''"),
         ("core.percent=", "'core.percent': Input should be a valid number, got None"),
-        ("core=3", "'core': Input should be a dictionary"),
+        ("core=3", "'core': is a section with the keys percent, scope, exclude, got 3"),
         ("tasks.a.b.hub=x", "unknown key 'tasks.a.b'"),
     ],
 )

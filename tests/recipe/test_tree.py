@@ -44,6 +44,7 @@ def optional(wrong: tuple) -> tuple:
 
 
 TASK, HUB = "tasks.<task>", "tasks.<task>.hub"
+OWN_DATA = {"data": None, "tasks.b.hub.name": "y"}
 KEYS = {
     "model": Key("other/model", (*NOT_TEXTS, None)),
     "output": Key("elsewhere", (3, None, ["x"])),
@@ -72,8 +73,8 @@ KEYS = {
     f"{HUB}.revision": Key("v1", NOT_TEXTS, {f"{HUB}.name": "x"}),
     f"{HUB}.train": Key("train[:9]", (*NOT_TEXTS, None), {f"{HUB}.name": "x"}),
     f"{HUB}.test": Key("dev", (*NOT_TEXTS, None), {f"{HUB}.name": "x"}),
-    f"{TASK}.files.train": Key("a.jsonl", (3, None), {f"{TASK}.files.test": "x"}),
-    f"{TASK}.files.test": Key("b.csv", (3, None), {f"{TASK}.files.train": "x"}),
+    f"{TASK}.files.train": Key("a.jsonl", (3, None), {**OWN_DATA, f"{TASK}.files.test": "x"}),
+    f"{TASK}.files.test": Key("b.csv", (3, None), {**OWN_DATA, f"{TASK}.files.train": "x"}),
     "probe.training": Key({"max_steps": 3}, NOT_MAPPINGS),
     "core.percent": Key(0.5, (0, -1, 100.5, NAN, "x", None, True)),
     "core.scope": Key("tensor", ("layer", None, 3)),
@@ -337,12 +338,16 @@ CHOICE = {"metric": "choice", "choices": ["x"]}
         ({"fusion": {"omega": 0.5, "start_weight": 0}}, "fusion.omega fixes what fusion.start_weight would decide"),
         ({"tasks": {"a": {}}}, "'tasks': there is nothing to fuse with fewer than two tasks"),
         ({"tasks": {}}, "'tasks': there is nothing to fuse"),
-        ({"tasks": {"../a": {}, "b": {}}}, "'tasks.../a': String should match pattern"),
-        ({"tasks": {1: {}, "b": {}}}, "'tasks.1': Input should be a valid string"),
+        ({"tasks": {"../a": {}, "b": {}}}, "'tasks.../a': is no name of a task, after which files are named: up to"),
+        ({"tasks": {"b c/d": {}, "b": {}}}, "up to 100 letters, digits, '.', '_' and '-', the first one a letter"),
+        ({"tasks": {1: {}, "b": {}}}, "'tasks.1': a key is a text: quote it, as in '1':"),
+        ({"tasks": {"average": {}, "b": {}}}, "have a column 'average' over all tasks: give the task 'average'"),
+        ({"tasks": {"a": {}, "A": {}}}, "'tasks': 'a' and 'A' would share their files on some disks: rename one"),
+        ({f"{TASK}.files": {"train": "x", "test": "y"}}, "'data' is read in place of 'tasks.a.files': give one of"),
         ({"data": None}, "task 'a' has no data: give tasks.a.hub or tasks.a.files"),
         ({"core": {1: 2}}, "'core.1': Keys should be strings"),
-        ({"training": {"a": [{None: 1}]}}, "'training.a.0.None': Input should be a valid string, got None"),
-        ({"tuner": {"rank_pattern": {1: 2}}}, "'tuner.rank_pattern.1': Input should be a valid string, got 1"),
+        ({"training": {"a": [{None: 1}]}}, "'training.a.0.None': a key is a text: quote it"),
+        ({"tuner": {"rank_pattern": {1: 2}}}, "'tuner.rank_pattern.1': a key is a text: quote it, as in '1':"),
     ],
 )
 def test_keys_that_contradict_each_other(change, message):
@@ -350,6 +355,34 @@ def test_keys_that_contradict_each_other(change, message):
     for path, value in change.items():
         tree = put(tree, path, value)
     assert message in refused(tree)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (f"{TASK}.metric", "exactmatch", "or 'codebleu', got 'exactmatch': did you mean 'exact_match'?"),
+        (f"{TASK}.metric", "CHOICE", "got 'CHOICE': did you mean 'choice'?"),
+        ("grouping.order", "dependncy", "got 'dependncy': did you mean 'dependency'?"),
+        ("baselines.merge", ["dare-ties"], "'baselines.merge.0': Input should be 'linear'"),
+        ("baselines.merge", ["dare-ties"], "got 'dare-ties': did you mean 'dare_ties'?"),
+        ("core.scope", "zzz", "'core.scope': Input should be 'global' or 'tensor', got 'zzz'"),
+        ("grouping.order", 3, "'grouping.order': Input should be a valid list, got 3"),
+        ("grouping.order", ["a"], "'grouping.order.0': Input should be a valid list, got 'a'"),
+        ("tuner", "lora", "'tuner': is full, or a PEFT configuration {peft_type: LORA, ...}, got 'lora'"),
+        ("core", 2, "'core': is a section with the keys percent, scope, exclude, got 2"),
+        ("push", "foo/bar", "'push': is a section with the keys repository, private, base_model, got 'foo/bar'"),
+        (f"{TASK}.hub", "x", "'tasks.a.hub': is a section with the keys name, subset, revision, train, test, got 'x'"),
+        ("push.repository", "foo", "'push.repository': is not of the form user/name, got 'foo'"),
+    ],
+)
+def test_a_wrong_value_is_said_once_with_the_right_ones(path, value, said):
+    message = refused(put(minimal(), path, value))
+    assert message.endswith(said) or message.startswith(said)
+    assert "; " not in message
+
+
+def test_a_folder_of_data_stands_in_for_the_hub():
+    assert parse_recipe(put(minimal(), f"{HUB}.name", "x")).data == Path("d")
 
 
 def test_messages_need_a_chat_template_unless_rows_are_given_as_prompts():

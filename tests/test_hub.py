@@ -34,9 +34,15 @@ SECRET = "hf_" + "aB3" * 11
 UNWELCOME = b"a picture that the store of large files refuses"
 
 
-def model_scores(name: str, number: float) -> dict:
+def model_scores(name: str, number: float, tokens: int | None = None) -> dict:
     scores = {task: {"loss": number + i, "score": (number + i) / 10} for i, task in enumerate(TASKS)}
-    return {"name": name, "average": number, "scores": scores, "lm_eval": None, "training": None}
+    return {
+        "name": name,
+        "average": number,
+        "scores": scores,
+        "lm_eval": None,
+        "training": tokens and {"tokens": tokens},
+    }
 
 
 def make_report(tuner: dict | str, model: str, cores: dict[str, CoreRegion]) -> dict:
@@ -67,11 +73,16 @@ def make_report(tuner: dict | str, model: str, cores: dict[str, CoreRegion]) -> 
         "settings": {"probe": {"learning_rate": 0.02}, "integration": {"learning_rate": 0.004}},
         "cores": {task: {"size": len(core), "total": core.total, "tensors": {}} for task, core in cores.items()},
         "groups": [["letters"], ["sums", "larger"]],
+        "fusion": {"folds": 9, "linear_folds": 2},
         "models": [
             model_scores("base", 0.5),
-            model_scores("stage 2/2", 1.5),
-            model_scores("final", 3.25),
-            model_scores("multi-task", 2.0),
+            *(model_scores(f"probe {task}", 1.0, 100) for task in cores),
+            model_scores("stage 1/2", 1.5, 20),
+            model_scores("final", 3.25, 3),
+            model_scores("multi-task", 2.0, 1234),
+        ],
+        "sequences": [
+            {"method": "CPI-FT", "start": "fused", "stages": [{"model": "stage 1/2"}, {"model": "final"}]},
         ],
         "methods": [{"method": "multi-task", "model": "multi-task"}, {"method": "CPI-FT", "model": "final"}],
         "warnings": [],
@@ -348,11 +359,11 @@ def test_the_model_index_has_the_results_own_scores(pushed, hub):
 def test_the_text_has_scores_settings_sources_and_the_picture(pushed, hub):
     text = card(hub, "me/propulsion")
     for line in (
-        "| method | model of the run | sums (exact match) | larger (likeliest choice) | letters (exp(-loss)) | "
-        "average |",
-        "| base model | base | 0.50 | 1.50 | 2.50 | 0.50 |",
-        "| CPI-FT | final | 3.25 | 4.25 | 5.25 | 3.25 |",
-        "| multi-task | multi-task | 2.00 | 3.00 | 4.00 | 2.00 |",
+        "| method | model of the run | average | sums (exact match) | larger (likeliest choice) | "
+        "letters (exp(-loss)) | tokens of its trainings |",
+        "| base model | base | 0.50 | 0.50 | 1.50 | 2.50 | 0 |",
+        "| CPI-FT | final | 3.25 | 3.25 | 4.25 | 5.25 | 323 |",
+        "| multi-task | multi-task | 2.00 | 2.00 | 3.00 | 4.00 | 1,234 |",
         "| core, p | 2.5% (global) |",
         "| grouping, tau | 0.15 |",
         "| order of groups | difficulty |",
@@ -362,6 +373,8 @@ def test_the_text_has_scores_settings_sources_and_the_picture(pushed, hub):
         "| seed | 7 |",
     ):
         assert line in text.splitlines()
+    assert "## Warnings" not in text
+    assert "all else is interpolated along the sphere (2 of 9 times linearly). Then the groups are trained one" in text
     assert "A Propulsion adapter for `me/tiny`, trained on 3 tasks: `sums`, `larger`, `letters`." in text
     assert "stage 2/2" not in text  # no method's result
     assert "](https://arxiv.org/abs/2508.21741)" in text
@@ -390,9 +403,14 @@ def test_names_break_neither_tables_nor_lines(report):
     report["recipe"] |= {"revision": odd, "model": odd, "trust_remote_code": False}
     report["recipe"]["fusion"]["start"] = odd
     report["versions"]["device"] = "<b>"
+    report["warnings"] = ["no two <tasks> share a core"]
+    report["recipe"]["integration"]["schedule"] = "none"
+    report["fusion"] = {"folds": 9, "linear_folds": 9}
     text = str(model_card(Subject(repository="me/__run__", report=report, peft_type="PROPULSION", base="me/tiny")))
     assert r"""| fusion starts from | it's "a" \| \`b\` |""" in text.splitlines()
     assert r"# \_\_run\_\_" in text.splitlines()
+    assert "- no two &lt;tasks&gt; share a core" in text.splitlines()[-1]
+    assert "all else is interpolated, here all of it linearly. Nothing was trained after that." in text
     assert "<b>" not in text
     calls = [node for node in ast.walk(ast.parse(snippet(text))) if isinstance(node, ast.Call) and node.keywords]
     assert [{k.arg: ast.literal_eval(k.value) for k in call.keywords} for call in calls] == [

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_cpift.report.markdown import code, escape
+from peft_cpift.report.scores import method_tokens
 
 METRICS = {
     "exact_match": ("exact_match", "exact match"),
@@ -16,6 +17,11 @@ METRICS = {
     "codebleu": ("codebleu", "CodeBLEU"),
 }
 """A recipe's metric -> the Hub's id of it, and a reader's name. `loss` has no id of its own beside the loss itself."""
+INTEGRATION = {
+    "staged": "Then the groups are trained one after another, while the cores of earlier groups are frozen.",
+    "mixed": "Then all groups are trained together, while every core is frozen.",
+    "none": "Nothing was trained after that.",
+}
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,8 @@ The whole report is `report/index.html`, its numbers `report/report.json`.
 ## Method
 
 CPI-FT ([arXiv 2508.21741](https://arxiv.org/abs/2508.21741)) fine-tunes on each task alone, and calls the coordinates
-that moved most the task's core. Tasks whose cores overlap form a group. Cores are transplanted into one model, all
-else is interpolated spherically, and the groups are trained one after another while earlier cores are frozen.
+that moved most the task's core. Tasks whose cores overlap form a group. Cores are transplanted into one model, and
+all else is interpolated{_how(report["fusion"])}. {INTEGRATION[report["recipe"]["integration"]["schedule"]]}
 Propulsion ([arXiv 2409.10927](https://arxiv.org/abs/2409.10927)) multiplies the outputs of frozen layers by trained
 vectors, `y * z**k`{"; this adapter is one" if subject.peft_type == "PROPULSION" else ", and was not used here"}.
 
@@ -92,8 +98,27 @@ vectors, `y * z**k`{"; this adapter is one" if subject.peft_type == "PROPULSION"
 {_settings(subject)}
 
 `recipe.yaml` has them all. Versions: {versions}.
-"""
+{_warnings(report)}"""
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _how(fusion: Mapping[str, Any]) -> str:
+    """Along what the rest was interpolated; nearly parallel tensors go along a line."""
+    folds, linear = fusion["folds"], fusion["linear_folds"]
+    if not folds:
+        return ""
+    if not linear:
+        return " along the sphere"
+    return (
+        ", here all of it linearly" if linear == folds else f" along the sphere ({linear} of {folds} times linearly)"
+    )
+
+
+def _warnings(report: Mapping[str, Any]) -> str:
+    """What the run warned of, as a section of its own."""
+    if not report["warnings"]:
+        return ""
+    return "\n".join(["", "## Warnings", "", *(f"- {escape(text)}" for text in report["warnings"]), ""])
 
 
 def result_name(report: Mapping[str, Any]) -> str:
@@ -176,11 +201,13 @@ def _scores(report: Mapping[str, Any]) -> str:
     metrics = {task: report["recipe"]["tasks"][task]["metric"] for task in tasks}
     heads = [f"{task} ({METRICS[kind][1] if kind in METRICS else 'exp(-loss)'})" for task, kind in metrics.items()]
     rows = [("base model", "base"), *((entry["method"], entry["model"]) for entry in report["methods"])]
-    lines = [["method", "model of the run", *heads, "average"], ["---", "---", *["---:"] * (len(tasks) + 1)]]
+    tokens = {"base model": 0} | method_tokens(report)
+    head = ["method", "model of the run", "average", *heads, "tokens of its trainings"]
+    lines = [head, ["---", "---", *["---:"] * (len(tasks) + 2)]]
     for method, name in rows:
         scores = models[name]["scores"]
         cells = [f"{10 * scores[task]['score']:.2f}" for task in tasks]
-        lines.append([method, name, *cells, f"{models[name]['average']:.2f}"])
+        lines.append([method, name, f"{models[name]['average']:.2f}", *cells, f"{tokens[method]:,}"])
     return _table(lines)
 
 

@@ -12,6 +12,7 @@ from peft_cpift.report.html import to_html
 from peft_cpift.report.markdown import to_markdown
 from peft_cpift.report.page import read_report
 from peft_cpift.report.record import plain
+from peft_cpift.report.scores import method_tokens
 from peft_cpift.report.training import duration, totals
 
 Run: TypeAlias = "str | os.PathLike | dict[str, Any]"
@@ -84,23 +85,30 @@ def _sections(runs: dict[str, dict[str, Any]]) -> list[Section]:
 
 def _scores(runs: dict[str, dict[str, Any]]) -> list[Block]:
     tasks = list(next(iter(runs.values()))["cores"])
-    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    found: dict[str, list[tuple[str, dict[str, Any], int]]] = {}
     for name, run in runs.items():
         models = {model["name"]: model for model in run["models"]}
-        found.setdefault("base model", []).append((name, models["base"]))
+        tokens = method_tokens(run)
+        found.setdefault("base model", []).append((name, models["base"], 0))
         for row in run["methods"]:
-            found.setdefault(row["method"], []).append((name, models[row["model"]]))
+            found.setdefault(row["method"], []).append((name, models[row["model"]], tokens[row["method"]]))
     rows: list[list[Cell]] = []
     breaks = set()
     for method, results in found.items():
         start = len(rows)
         breaks.add(start)
-        for name, model in results:
-            numbers = [*(10 * model["scores"][task]["score"] for task in tasks), model["average"]]
-            rows.append([Cell(method), Cell(name), *(Cell(f"{number:.2f}") for number in numbers)])
+        for name, model, tokens in results:
+            numbers = [model["average"], *(10 * model["scores"][task]["score"] for task in tasks)]
+            rows.append(
+                [Cell(method), Cell(name), *(Cell(f"{number:.2f}") for number in numbers), Cell(f"{tokens:,}")]
+            )
         mark_best(rows, range(start, len(rows)), range(2, len(tasks) + 3))
-    caption = "Score of each method on held-out rows, 0-10. Bold: the best run of the method."
-    blocks: list[Block] = [Table(caption, ["method", "run", *tasks, "average"], rows, frozenset(breaks - {0}))]
+    caption = (
+        "Score of each method on held-out rows, 0-10, and the tokens of all trainings that it takes. Bold: the best "
+        "run of the method."
+    )
+    head = ["method", "run", "average", *tasks, "tokens"]
+    blocks: list[Block] = [Table(caption, head, rows, frozenset(breaks - {0}))]
     counts = [{task: run["tasks"][task]["test_rows"] for task in tasks} for run in runs.values()]
     if any(count != counts[0] for count in counts):
         blocks.append("The runs are scored on different numbers of held-out rows: their scores are not of one test.")

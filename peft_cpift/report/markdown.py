@@ -32,7 +32,9 @@ def _block(block: Block) -> str:
 
 def table(content: Table) -> str:
     """A table with padded columns."""
-    body = [[f"**{escape(c.text)}**" if c.strong else escape(c.text) for c in row] for row in content.cells()]
+    body = [
+        [f"**{escape(c.text)}**" if c.strong and c.text else escape(c.text) for c in row] for row in content.cells()
+    ]
     rows = [[escape(text) for text in content.head], *body]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(content.head))]
     rule = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + " |"

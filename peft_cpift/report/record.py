@@ -26,7 +26,7 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def warnings_section(report: dict[str, Any]) -> Section:
     """The warnings of the run, each a paragraph."""
-    return Section("warnings", "Warnings", list(report["warnings"]))
+    return Section("warnings", "Warnings", [text[:1].upper() + text[1:] for text in report["warnings"]])
 
 
 def section(report: dict[str, Any]) -> Section:

@@ -24,6 +24,29 @@ def averages(report: Report) -> dict[str, float]:
     return {model["name"]: model["average"] for model in report["models"]}
 
 
+def method_tokens(report: Report) -> dict[str, int]:
+    """Tokens of all the trainings that each method takes, by its name.
+
+    CPI-FT takes the probes, the fine-tuning that its fusion starts from if it was trained here, and its own stages; a
+    merge takes the probes. Tokens of a start of the user's own are not known, and not counted.
+
+    Source: ours.
+    """
+    tokens = {model["name"]: model["training"]["tokens"] for model in report["models"] if model["training"]}
+    stages = {one["method"]: [stage["model"] for stage in one["stages"]] for one in report["sequences"]}
+    own = {
+        row["method"]: sum(tokens.get(model, 0) for model in stages.get(row["method"], [row["model"]]))
+        for row in report["methods"]
+    }
+    probes = sum(count for name, count in tokens.items() if name.startswith("probe "))
+    for method in own:
+        if method == OURS:
+            own[method] += probes + own.get("multi-stage", 0)
+        elif method.startswith("merge "):
+            own[method] += probes
+    return own
+
+
 def verdict(report: Report) -> str:
     """The result in sentences, wins and losses alike."""
     average = averages(report)
@@ -86,7 +109,7 @@ def section(report: Report) -> Section:
 def score_table(report: Report) -> Table:
     """The scores of every model on every task and on average, 0-10, with the best of the compared models marked."""
     tasks, models = list(report["cores"]), report["models"]
-    columns = [[10 * m["scores"][task]["score"] for m in models] for task in tasks] + [[m["average"] for m in models]]
+    columns = [[m["average"] for m in models], *([10 * m["scores"][task]["score"] for m in models] for task in tasks)]
     shades = [_within(column) for column in columns]
     rows = [
         [
@@ -95,13 +118,13 @@ def score_table(report: Report) -> Table:
         ]
         for i, m in enumerate(models)
     ]
-    compared = {row["model"] for row in report["methods"]}
+    compared = list(dict.fromkeys(row["model"] for row in report["methods"]))
     mark_best(rows, [i for i, m in enumerate(models) if m["name"] in compared], range(1, len(tasks) + 2))
     caption = (
         "Score of every model on held-out rows, each task's mapped to 0-10, and their mean (average normalised "
-        "score). Bold: the best of the models that are compared."
+        f"score). Bold: the best of what the methods come to, {', '.join(compared)}."
     )
-    return Table(caption, ["model", *tasks, "average"], rows, _breaks(report), "Shaded within each column.")
+    return Table(caption, ["model", "average", *tasks], rows, _breaks(report), "Shaded within each column.")
 
 
 def shaded_loss(values: list[float]) -> list[Cell]:
@@ -114,19 +137,23 @@ def shaded_loss(values: list[float]) -> list[Cell]:
 
 def _methods(report: Report) -> Table:
     """The paper's form: one row a method."""
-    average = averages(report)
+    average, tokens = averages(report), method_tokens(report)
     rows = [
         [
             Cell(row["method"], note="" if row["model"] == row["method"] else f"model “{row['model']}”"),
             Cell(f"{average[row['model']]:.2f}"),
+            Cell(f"{tokens[row['method']]:,}"),
         ]
         for row in report["methods"]
     ]
     mark_best(rows, range(len(rows)), [1])
     base = Cell(f"{average['base']:.2f}")
-    rows = [[Cell("base model", note="before any training"), base], *rows]
-    caption = "Average normalised score of each method, 0-10, in the paper's form. Bold: the best."
-    return Table(caption, ["method", "average"], rows, frozenset({1}))
+    rows = [[Cell("base model", note="before any training"), base, Cell("0")], *rows]
+    caption = (
+        "Average normalised score of each method, 0-10, in the paper's form, and the tokens of all trainings that it "
+        "takes, repetitions counted. Bold: the best method."
+    )
+    return Table(caption, ["method", "average", "tokens"], rows, frozenset({1}))
 
 
 def _metric(report: Report, task: str) -> str:

@@ -55,9 +55,11 @@ def duration(seconds: float) -> str:
     """A time as people say it.
 
     Example:
-        >>> duration(9.54), duration(719.1), duration(7384)
-        ('9.5 s', '11 min 59 s', '2 h 03 min')
+        >>> duration(0.042), duration(9.54), duration(719.1), duration(7384)
+        ('0.04 s', '9.5 s', '11 min 59 s', '2 h 03 min')
     """
+    if seconds < 0.095:
+        return f"{seconds:.2f} s"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -33,10 +33,10 @@ def rows(text: str) -> list[list[str]]:
 def test_what_differs_is_shown_and_nothing_else(report, other):
     report["recipe"]["output"] = "first"
     found = rows(compare([report, other]))
-    assert ["CPI-FT", "first", "5.00", "7.50", "6.25"] in found
-    assert ["CPI-FT", "second", "**7.00**", "7.50", "**7.25**"] in found
-    assert ["multi-task", "second", "6.00", "5.00", "5.50"] in found
-    assert ["base model", "first", "1.00", "2.00", "1.50"] in found
+    assert ["CPI-FT", "first", "6.25", "5.00", "7.50", "2,000"] in found
+    assert ["CPI-FT", "second", "**7.25**", "**7.00**", "7.50", "3,000"] in found
+    assert ["multi-task", "second", "5.50", "6.00", "5.00", "345"] in found
+    assert ["base model", "first", "1.50", "1.00", "2.00", "0"] in found
     start, end = found.index(["key", "first", "second"]), found.index(["", "first", "second"])
     assert found[start + 2 : end] == [["core.percent", "1.0", "2.0"], ["training.max_steps", ABSENT, "9"]]
     assert found[end + 2] == ["torch", "2.13.0", "2.14.0"]

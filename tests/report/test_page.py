@@ -18,9 +18,9 @@ def cells(table: str) -> list[list[str]]:
 
 def test_scores_for_the_terminal(report):
     head, _, base, *_, final, _ = cells(score_table(report))
-    assert head == ["model", "code", "maths", "average"]
-    assert base == ["base", "1.00", "2.00", "1.50"]
-    assert final == ["final", "5.00", "**7.50**", "**6.25**"]
+    assert head == ["model", "average", "code", "maths"]
+    assert base == ["base", "1.50", "1.00", "2.00"]
+    assert final == ["final", "**6.25**", "5.00", "**7.50**"]
 
 
 def test_page_says_what_was_run_and_found(report):
@@ -29,7 +29,7 @@ def test_page_says_what_was_run_and_found(report):
     assert text.startswith(
         "# CPI-FT on org/tiny\n\ntuner PROPULSION; tasks 2; p 1 %; τ 0.1; seed 3.\n\nCPI-FT ends at"
     )
-    assert "## Warnings\n\nprobe &lt;maths&gt;: nothing \\*moved\\*\n\n## Scores" in text
+    assert "## Warnings\n\nProbe &lt;maths&gt;: nothing \\*moved\\*\n\n## Scores" in text
     for found in (
         ["CPI-FT", "2", "-0.50", ABSENT],
         ["maths", "1.000", "0.125", "1", "4", "500"],

@@ -78,24 +78,57 @@ def test_best_of_several_methods_is_the_one_named(report):
 
 def test_scores_of_every_model(report):
     table = scores.score_table(report)
-    assert table.head == ["model", "code", "maths", "average"]
+    assert table.head == ["model", "average", "code", "maths"]
     assert texts(table) == [
-        ["base", "1.00", "2.00", "1.50"],
-        ["fused", "3.00", "6.00", "4.50"],
-        ["stage 1/2", "3.50", "8.00", "5.75"],
-        ["final", "5.00", "7.50", "6.25"],
-        ["multi-task", "6.00", "5.00", "5.50"],
+        ["base", "1.50", "1.00", "2.00"],
+        ["fused", "4.50", "3.00", "6.00"],
+        ["stage 1/2", "5.75", "3.50", "8.00"],
+        ["final", "6.25", "5.00", "7.50"],
+        ["multi-task", "5.50", "6.00", "5.00"],
     ]
     # stage 1/2 has the highest score of maths, and is a step on the way, not a result
     assert strong(table) == {("multi-task", "code"), ("final", "maths"), ("final", "average")}
     assert [row[0].note for row in table.cells()] == ["", "", "maths", "code", ""]
     assert table.breaks == {1, 4}
-    assert [row[1].shade for row in table.cells()] == pytest.approx([0, 0.4, 0.5, 0.8, 1])
+    assert table.caption.endswith("Bold: the best of what the methods come to, final, multi-task.")
+    assert [row[2].shade for row in table.cells()] == pytest.approx([0, 0.4, 0.5, 0.8, 1])
+
+
+def test_tokens_of_a_method_are_those_of_every_training_that_it_takes():
+    tokens = {
+        "base": None,
+        "probe a": 1,
+        "probe b": 20,
+        "multi-stage 1/2": 300,
+        "multi-stage 2/2": 4000,
+        "fused": None,
+    }
+    tokens |= {"stage 1/2": 50_000, "final": 600_000, "multi-task": 7, "random stage 1/2": 8, "random stage 2/2": 80}
+    chains = {
+        "multi-stage": ["multi-stage 1/2", "multi-stage 2/2"],
+        "CPI-FT": ["stage 1/2", "final"],
+        "multi-stage random": ["random stage 1/2", "random stage 2/2"],
+    }
+    ends = {method: stages[-1] for method, stages in chains.items()}
+    ends |= {"multi-task": "multi-task", "merge ties": "merge ties"}
+    report = {
+        "models": [{"name": name, "training": count and {"tokens": count}} for name, count in tokens.items()],
+        "sequences": [{"method": m, "stages": [{"model": name} for name in names]} for m, names in chains.items()],
+        "methods": [{"method": method, "model": model} for method, model in ends.items()],
+    }
+    expected = {"multi-stage": 4300, "CPI-FT": 654_321, "multi-stage random": 88, "multi-task": 7, "merge ties": 21}
+    assert scores.method_tokens(report) == expected
+    # Another start of the fusion; and a schedule of one stage, or of none.
+    report["methods"] = [{"method": "CPI-FT", "model": "final"}]
+    assert scores.method_tokens(report) == {"CPI-FT": 650_021}
+    assert scores.method_tokens(report | {"sequences": []}) == {"CPI-FT": 600_021}
+    report["methods"] = [{"method": "CPI-FT", "model": "fused"}]
+    assert scores.method_tokens(report | {"sequences": []}) == {"CPI-FT": 21}
 
 
 def test_methods_losses_metrics_and_harness(report):
     methods, _, losses, harness = tables(scores.section(report))
-    assert texts(methods) == [["base model", "1.50"], ["CPI-FT", "6.25"], ["multi-task", "5.50"]]
+    assert texts(methods) == [["base model", "1.50", "0"], ["CPI-FT", "6.25", "2,000"], ["multi-task", "5.50", "345"]]
     assert strong(methods) == {("CPI-FT", "average")}
     assert texts(losses)[3] == ["final", "1.000", "0.250"]
     assert [row[1].shade for row in losses.cells()] == pytest.approx(

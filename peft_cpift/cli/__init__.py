@@ -62,7 +62,7 @@ def main() -> None:
             if others:
                 warnings.simplefilter("ignore")
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
-            code = app(None if sys.argv[1:] else ["--help"], standalone_mode=False)
+            code = app(None if sys.argv[1:] else ["--help"], prog_name="cpift", standalone_mode=False)
     except (CpiftError, UsageError, OSError) as error:
         if others:
             time.sleep(GRACE)

@@ -97,7 +97,7 @@ def _describe(run: Run, stage: Stage) -> dict[str, Any]:
     if steps <= 0:
         steps = math.ceil(setting(fields, "num_train_epochs") * in_epoch)
     epochs, rest = divmod(steps, in_epoch)
-    seen = epochs * sequences + min(rest * batch, sequences)  # the last step of an epoch may be a small one
+    seen = epochs * sequences + rest * batch  # only the last step of an epoch may be a small one
     return {
         "name": stage.name,
         "tasks": list(stage.tasks),

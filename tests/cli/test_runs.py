@@ -119,8 +119,9 @@ def test_a_run_from_its_first_stage_to_its_report(succeed, fail, recipe, tmp_pat
     assert out.count("interpolations fell back to linear") == 1
 
     notes = Steps(folder).notes()
-    out = succeed("run", recipe)
+    out = succeed("run", recipe, "--stop-after", "report")
     assert (Steps(folder).notes(), "probe" in out.partition("|")[0]) == (notes, False)
+    assert out.endswith(f"\nreport: {folder / 'report' / 'index.html'}\n")
 
     report = (folder / "report" / "report.json").read_bytes()
     shutil.rmtree(folder / "report")

@@ -181,7 +181,7 @@ def test_picture(tree):
         ({"tuner": {"peft_type": "NONSENSE"}}, "'NONSENSE', which PEFT does not know"),
         ({"tuner": {"target_modules": ["q_proj"]}}, "'tuner.peft_type' is None"),
         ({"tuner": {"peft_type": "LORA"}}, "LORA, whose adapters .*: set integration.schedule to none"),
-        ({"tuner": {"peft_type": "PROPULSION", "degre": 3}}, "'tuner': .*degre"),
+        ({"tuner": {"peft_type": "PROPULSION", "degre": 3}}, "'tuner.degre': did you mean 'degree'"),
         ({"tuner": {"peft_type": "PROPULSION", "degree": 0}}, "'tuner': .*degree"),
     ],
 )

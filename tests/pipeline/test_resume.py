@@ -125,6 +125,18 @@ def killed(tree: dict, last: int) -> bool:
     return process.exitcode != 0
 
 
+def cut_off(tree: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a recipe as far as the end of its first training, whose checkpoints are left."""
+
+    def fail(*arguments, **options):
+        raise RuntimeError("cut off")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("peft_cpift.pipeline.train.save_model", fail)
+        with pytest.raises(RuntimeError, match="cut off"):
+            run(parse_recipe(tree))
+
+
 def test_a_run_that_is_killed_ends_as_one_that_is_not(tree, undisturbed):
     generator = random.Random(0)
     # First while the folder is being made; then now and then far enough for the longest step.
@@ -142,13 +154,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tree, undisturbed):
 
 
 def test_a_training_that_is_resumed_between_two_log_entries_logs_as_one_that_is_not(tree, undisturbed, monkeypatch):
-    def fail(*arguments, **options):
-        raise RuntimeError("cut off")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("peft_cpift.pipeline.train.save_model", fail)
-        with pytest.raises(RuntimeError, match="cut off"):
-            run(parse_recipe(tree))
+    cut_off(tree, monkeypatch)
     steps = Steps(Path(tree["output"]))
     assert last_checkpoint(steps.work("probes/sums")).name == "checkpoint-3"
     run(parse_recipe(tree), stop_after="probe")
@@ -386,13 +392,7 @@ def test_a_recipe_that_was_damaged_in_the_folder_is_written_again(tree, done):
 
 
 def test_work_that_was_begun_with_other_settings_is_thrown_away(tree, monkeypatch):
-    def fail(*arguments, **options):
-        raise RuntimeError("cut off")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("peft_cpift.pipeline.train.save_model", fail)
-        with pytest.raises(RuntimeError, match="cut off"):
-            run(parse_recipe(tree))
+    cut_off(tree, monkeypatch)
     assert last_checkpoint(Steps(Path(tree["output"])).work("probes/sums")) is not None
     tree["training"]["learning_rate"] = 2e-3
     folder = run(parse_recipe(tree), stop_after="probe")

@@ -17,6 +17,7 @@ __all__ = [
     "CoreRegion",
     "CpiftError",
     "FusionReport",
+    "ImportanceCallback",
     "NoEffectWarning",
     "PropulsionConfig",
     "PropulsionModel",
@@ -28,6 +29,7 @@ __all__ = [
     "jaccard_matrix",
     "merge_baseline",
     "order_groups",
+    "save_importance",
     "slerp",
 ]
 
@@ -36,6 +38,7 @@ _HOMES = {
     "CoreRegion": "core",
     "CpiftError": "errors",
     "FusionReport": "fusion",
+    "ImportanceCallback": "importance",
     "NoEffectWarning": "errors",
     "PropulsionConfig": "propulsion",
     "PropulsionModel": "propulsion",
@@ -47,6 +50,7 @@ _HOMES = {
     "jaccard_matrix": "core",
     "merge_baseline": "baselines",
     "order_groups": "core",
+    "save_importance": "importance",
     "slerp": "fusion",
 }
 
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
     )
     from peft_cpift.errors import CpiftError, NoEffectWarning
     from peft_cpift.fusion import FusionReport, fuse, slerp
+    from peft_cpift.importance import ImportanceCallback, save_importance
     from peft_cpift.isolation import CoreIsolationCallback, freeze_core
     from peft_cpift.propulsion import PropulsionConfig, PropulsionModel
 else:

@@ -19,6 +19,7 @@ BELOW = {
     "fusion": {"adapters", "core", "checkpoint", "errors"},
     "baselines": {"fusion", "checkpoint", "errors"},
     "isolation": {"core", "errors"},
+    "importance": {"isolation", "checkpoint", "core", "errors"},
     "propulsion": {"errors"},
     "report": {"checkpoint", "errors"},
     "hub": {"report", "checkpoint", "errors"},
@@ -29,10 +30,11 @@ BELOW = {
     "evaluation": {"data", "recipe", "processes", "errors"},
     "pipeline": {
         *("recipe", "data", "evaluation", "processes", "report", "baselines", "fusion", "isolation", "core"),
+        "importance",
         *("checkpoint", "propulsion", "errors"),
     },
     "cli": {"pipeline", "recipe", "processes", "report", "hub", "fusion", "core", "checkpoint", "demo", "errors"},
-    "__init__": {"baselines", "fusion", "isolation", "core", "propulsion", "errors"},
+    "__init__": {"baselines", "fusion", "importance", "isolation", "core", "propulsion", "errors"},
 }
 # These need no library of training, whose loading takes seconds; tests/test_import.py looks at what is really loaded.
 WITHOUT_TRAINING = {"errors", "checkpoint", "core", "fusion", "demo"}

@@ -59,14 +59,7 @@ def read_header(file: Path) -> dict[str, Place]:
         CpiftError: the file cannot be read or is damaged, or a tensor's dtype has no plain numbers as values.
     """
     try:
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            size = os.fstat(stream.fileno()).st_size
-            if not 2 <= length <= min(size - 8, MAX_BYTES):
-                raise ValueError(f"its header cannot have {length} bytes")
-            header = json.loads(stream.read(length).decode())
-        if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
+        header, length, size = _read_json(file)
         header.pop("__metadata__", None)
         places = {name: _read_place(name, entry, file, 8 + length) for name, entry in header.items()}
         _check_complete(places, 8 + length, size)
@@ -75,6 +68,21 @@ def read_header(file: Path) -> dict[str, Place]:
             raise
         raise CpiftError(f"cannot read {file}: {str(error)[:300]}") from error
     return places
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a file says of itself beside its tensors; empty if that is nothing.
+
+    Raises:
+        CpiftError: the file cannot be read or is damaged.
+    """
+    try:
+        metadata = _read_json(file)[0].get("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is no object of texts")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CpiftError(f"cannot read {file}: {str(error)[:300]}") from error
+    return metadata
 
 
 def make_header(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]) -> bytes:
@@ -89,6 +97,19 @@ def make_header(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], meta
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format's padding, which keeps what follows aligned
     return len(text).to_bytes(8, "little") + text
+
+
+def _read_json(file: Path) -> tuple[dict, int, int]:
+    """The header of a file, its length, and the size of the file, in bytes."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        size = os.fstat(stream.fileno()).st_size
+        if not 2 <= length <= min(size - 8, MAX_BYTES):
+            raise ValueError(f"its header cannot have {length} bytes")
+        header = json.loads(stream.read(length).decode())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return header, length, size
 
 
 def _read_place(name: str, entry: Mapping, file: Path, begin: int) -> Place:

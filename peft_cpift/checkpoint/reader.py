@@ -27,7 +27,52 @@ Source = str | os.PathLike | Mapping[str, Tensor]
 """Where tensors come from: a checkpoint or adapter folder, or tensors in memory by name."""
 
 
-class Checkpoint(Tensors):
+class TensorFile(Tensors):
+    """The tensors of one safetensors file, in the order of their names, read as those of a `Checkpoint` are.
+
+    Raises:
+        CpiftError: the file is damaged, or a tensor is of a dtype whose values are not plain numbers.
+    """
+
+    def __init__(self, file: str | os.PathLike):
+        self.label = str(file)
+        self._open([Path(file)])
+
+    def _open(self, files: list[Path]) -> None:
+        self._places: dict[str, Place] = {}
+        self._stamps = {}
+        for file in files:
+            self._stamps[file] = _stamp(os.stat(file))
+            for name, place in read_header(file).items():
+                if name in self._places:
+                    raise CpiftError(f"tensor '{name}' is in both {self._places[name].file} and {file}: remove one")
+                self._places[name] = place
+        self.shapes = {name: self._places[name].shape for name in sorted(self._places)}
+        self.dtypes = {name: self._places[name].dtype for name in self.shapes}
+
+    @override
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        dtype, _, file, offset = self._places[name]
+        raw = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
+        view = memoryview(raw.numpy())
+        try:
+            with open(file, "rb", buffering=0) as stream:
+                if _stamp(os.fstat(stream.fileno())) != self._stamps[file]:
+                    raise CpiftError(f"{file} was changed after it was opened: run again")
+                stream.seek(offset + start * dtype.itemsize)
+                while len(view):  # a single read gives at most 2 GiB
+                    count = stream.readinto(view)
+                    if not count:
+                        raise CpiftError(
+                            f"{file} ends within tensor '{name}': it was changed meanwhile, or is damaged"
+                        )
+                    view = view[count:]
+        except OSError as error:
+            raise CpiftError(f"cannot read {file}: {error}") from error
+        return raw.view(dtype)
+
+
+class Checkpoint(TensorFile):
     """The tensors of a saved model or adapter, in the order of their names.
 
     Opening reads the headers only, so `shapes` and `dtypes` cost nothing; `checkpoint[name]` reads that tensor, and
@@ -60,42 +105,12 @@ class Checkpoint(Tensors):
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.label = str(self.folder)
-        self._places: dict[str, Place] = {}
         files, indexed = _weight_files(self.folder)
-        self._stamps = {}
-        for file in files:
-            self._stamps[file] = _stamp(os.stat(file))
-            for name, place in read_header(file).items():
-                if name in self._places:
-                    raise CpiftError(f"tensor '{name}' is in both {self._places[name].file} and {file}: remove one")
-                self._places[name] = place
+        self._open(files)
         for name in sorted(indexed - self._places.keys()):
             raise CpiftError(f"{self.folder / MODEL_INDEX} names tensor '{name}', which no shard has: fetch it again")
-        self.shapes = {name: self._places[name].shape for name in sorted(self._places)}
-        self.dtypes = {name: self._places[name].dtype for name in self.shapes}
         for name in self._repeated_embeddings():
             del self.shapes[name], self.dtypes[name]
-
-    @override
-    def part(self, name: str, start: int, stop: int) -> Tensor:
-        dtype, _, file, offset = self._places[name]
-        raw = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
-        try:
-            with open(file, "rb", buffering=0) as stream:
-                if _stamp(os.fstat(stream.fileno())) != self._stamps[file]:
-                    raise CpiftError(f"{file} was changed after it was opened: run again")
-                stream.seek(offset + start * dtype.itemsize)
-                while len(view):  # a single read gives at most 2 GiB
-                    count = stream.readinto(view)
-                    if not count:
-                        raise CpiftError(
-                            f"{file} ends within tensor '{name}': it was changed meanwhile, or is damaged"
-                        )
-                    view = view[count:]
-        except OSError as error:
-            raise CpiftError(f"cannot read {file}: {error}") from error
-        return raw.view(dtype)
 
     @property
     def is_adapter(self) -> bool:

@@ -80,7 +80,7 @@ class CoreIsolationCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs):
         """Note the values to keep, and hold them in every step of the optimizer."""
-        _check_engine(AcceleratorState())
+        check_engine(AcceleratorState())
         if args.load_best_model_at_end and any(self.schedule):
             raise CpiftError(
                 "the best model may be from before a stage of the schedule: set load_best_model_at_end to False, or "
@@ -211,7 +211,8 @@ def _as_json(schedule: dict[int, list[CoreRegion | str | os.PathLike]]) -> dict[
     return {str(start): [os.fspath(file) for file in files] for start, files in schedule.items()}
 
 
-def _check_engine(state: AcceleratorState) -> None:
+def check_engine(state: AcceleratorState) -> None:
+    """Raise CpiftError if the engine of a training keeps its weights where they could not be held."""
     engine = state.distributed_type
     plugin = getattr(state, "fsdp_plugin", None)
     if engine == DistributedType.FSDP and getattr(plugin, "fsdp_version", 2) == 1:

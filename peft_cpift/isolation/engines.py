@@ -7,6 +7,7 @@ classes here answer the same few questions for each of them, so that freezing ne
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
@@ -68,6 +69,10 @@ class Whole:
         """Whether the call of the optimizer's step that has just ended was one for this parameter."""
         return True
 
+    def gather(self, values: Tensor) -> Tensor:
+        """The whole tensor that has `values` at the positions of `stored`; all processes call this together."""
+        return values
+
 
 class Sharded(Whole):
     """A DTensor, as FSDP2 and tensor parallelism make them: any mix of shards and replicas, even or not."""
@@ -118,6 +123,15 @@ class Sharded(Whole):
         state = optimizer.state.get(self.parameter, {})
         return {key: value.to_local() for key, value in state.items() if isinstance(value, DTensor)}
 
+    @override
+    def gather(self, values: Tensor) -> Tensor:
+        like = self.parameter
+        values = values.to(like.device_mesh.device_type)  # where they are sent, if they are kept elsewhere
+        whole = DTensor.from_local(
+            values, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+        return whole.full_tensor()
+
 
 class MasterPiece(Whole):
     """A parameter under DeepSpeed ZeRO, which steps on a piece of a flat master copy and refreshes the rest from it.
@@ -160,6 +174,13 @@ class MasterPiece(Whole):
     def moved_in(self, optimizer: torch.optim.Optimizer) -> bool:
         # DeepSpeed steps on one flat tensor at a time, and shows the optimizer no other meanwhile.
         return any(self._is_part_of(flat) for group in optimizer.param_groups for flat in group["params"])
+
+    @override
+    def gather(self, values: Tensor) -> Tensor:
+        whole = values.new_zeros(math.prod(self.shape), device=self.parameter.device)
+        part = whole[self.start : self.start + values.numel()]
+        part.copy_(values[: part.numel()])  # ZeRO-3 pads the last pieces, some of nothing else
+        return reduce_(whole).view(self.shape)  # every entry is one process's, and zero on the others
 
     def _is_part_of(self, flat: Tensor) -> bool:
         return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft_cpift.core.region import CoreRegion
 from peft_cpift.errors import CpiftError
@@ -18,14 +18,22 @@ def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         CpiftError: the model has adapters whose saved names cannot be told from the live ones.
     """
+    return {name: tensor for name, tensor in saved_tensors(model).items() if isinstance(tensor, nn.Parameter)}
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The same, and the model's buffers by the names that these have where they are saved; see `saved_parameters`."""
     from accelerate.utils import extract_model_from_parallel  # deferred: only needed once a model is at hand
 
     wrapped = None
     while wrapped is not model:  # a compiled model may be inside a parallel one, and the other way round
         wrapped, model = model, extract_model_from_parallel(model, keep_torch_compile=False)
         model = getattr(model, "_orig_mod", model)
+    # Of the live parameters themselves, so that PEFT's renaming yields the saved name of each; by the names of live
+    # modules, by which PEFT looks for its layers, where a state_dict() leaves out the prefixes of wrappers.
+    live = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
     if not hasattr(model, "peft_config"):
-        return {_saved_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+        return {_saved_name(name): tensor for name, tensor in live.items()}
 
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -35,16 +43,13 @@ def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         raise CpiftError("prompt-learning adapters keep no parameter under its saved name: not supported")
     if len(getattr(model.base_model, "active_adapters", [])) > 1:
         raise CpiftError("several adapters are active, and a region is of one: activate the one that it belongs to")
-    # Of the live parameters themselves, so that PEFT's renaming yields the saved name of each; by the names of live
-    # modules, by which PEFT looks for its layers, where a state_dict() leaves out the prefixes of wrappers.
-    live = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
     named = get_peft_model_state_dict(
         model,
         state_dict=live,
         adapter_name=model.active_adapter,
         save_embedding_layers=False,
     )
-    return {_saved_name(name): tensor for name, tensor in named.items() if isinstance(tensor, nn.Parameter)}
+    return {_saved_name(name): tensor for name, tensor in named.items()}
 
 
 def locate_region(region: CoreRegion, parameters: dict[str, nn.Parameter]) -> dict[str, Whole]:

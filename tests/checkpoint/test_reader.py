@@ -22,8 +22,8 @@ from peft_cpift import CpiftError
 from peft_cpift.checkpoint import Checkpoint, open_source, reader
 from peft_cpift.checkpoint import header as header_module
 from peft_cpift.checkpoint.chunks import chunks
-from peft_cpift.checkpoint.header import DTYPES
-from peft_cpift.checkpoint.reader import check_unquantized, read_json
+from peft_cpift.checkpoint.header import DTYPES, read_metadata
+from peft_cpift.checkpoint.reader import TensorFile, check_unquantized, read_json
 
 INDEX = "model.safetensors.index.json"
 TENSORS = {
@@ -91,6 +91,28 @@ def test_a_folder_may_be_given_as_text(tmp_path):
 
 def test_shards(tmp_path):
     assert_holds(Checkpoint(two_shards(tmp_path)), TENSORS)
+
+
+def test_a_file_of_any_name_and_what_it_says_of_itself(tmp_path):
+    save_file(TENSORS, tmp_path / "any.name", {"format": "mine", "beta": "[1]"})
+    file = TensorFile(tmp_path / "any.name")
+    assert_holds(file, TENSORS)
+    assert file.label == str(tmp_path / "any.name")
+    assert file.part("a.weight", 2, 4).tolist() == [2.0, 3.0]
+    assert read_metadata(tmp_path / "any.name") == {"format": "mine", "beta": "[1]"}
+    save_file(TENSORS, tmp_path / "any.name")
+    assert read_metadata(tmp_path / "any.name") == {}
+    with pytest.raises(CpiftError, match=r"any.name was changed after it was opened"):
+        file["a.weight"]
+
+
+@pytest.mark.parametrize("header", ["", "[]", "{", '{"__metadata__": 3}', '{"__metadata__": {"a": 1}}', "[" * 100_000])
+def test_metadata_that_is_none(tmp_path, header):
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(CpiftError, match=r"cannot read .*file: "):
+        read_metadata(tmp_path / "file")
+    with pytest.raises(CpiftError, match=r"cannot read .*none"):
+        read_metadata(tmp_path / "none")
 
 
 def test_a_tensor_is_read_from_its_own_shard_only(tmp_path):

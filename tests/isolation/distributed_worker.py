@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from peft_cpift import CoreIsolationCallback, CpiftError, freeze_core
+from peft_cpift import CoreIsolationCallback, CpiftError, ImportanceCallback, freeze_core, save_importance
 
 # A process that waits for another one longer than this shows where, and ends; nothing here takes as long.
 HANGS_AFTER = timedelta(seconds=60)
@@ -262,7 +262,8 @@ def run_trainer(scenario: dict, folder: Path) -> dict:
     if isinstance(frozen, dict):
         frozen = {int(start): file for start, file in frozen.items()}
     isolation = CoreIsolationCallback(frozen, verify=scenario.get("verify", "end"))
-    callbacks = [watcher, isolation]
+    importance = folder / scenario["importance"] if "importance" in scenario else None
+    callbacks = [watcher, isolation, ImportanceCallback(importance)]
     if "meddler" in scenario:
         callbacks.append(Meddler(**scenario["meddler"]))
     trainer = SFTTrainer(
@@ -345,6 +346,7 @@ def run_loop(scenario: dict, folder: Path) -> dict:
         for micro_batches in inputs[plan["free_steps"] :]:
             train(micro_batches)
             result["masked"].append(frozen.masked_grad_norm())
+    save_importance(model, held, folder / scenario["name"] / "importance.safetensors")
     return result | collect(getattr(model, "module", model), held)
 
 
@@ -376,7 +378,7 @@ def main() -> None:
         try:
             with fsdp2(scenario.get("bf16", False)) if scenario["engine"] == "fsdp2" else nullcontext():
                 result = run(scenario, folder)
-        except (CpiftError, RuntimeError) as error:
+        except (CpiftError, RuntimeError, OSError) as error:
             if "error" not in scenario:
                 raise
             result = {"error": str(error), "kind": type(error).__name__}

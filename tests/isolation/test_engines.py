@@ -233,6 +233,7 @@ def setting(tiny_model, sums, tmp_path_factory) -> Setting:
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
+SGD = {"optim": "sgd", "optim_args": "momentum=0.9"}
 
 
 def training(name: str, tuner: str, engine: str, **more) -> dict:
@@ -287,6 +288,8 @@ def ddp(alone, setting) -> Runs:
         training("ddp-tampered", "full", "ddp", resume=str(tamper(one, setting)), error=True),
         training("ddp-meddler", "full", "ddp", meddler=meddler, error=True),
         training("ddp-wrong-names", "full", "ddp", frozen="wrong", error=True),
+        training("ddp-sgd", "full", "ddp", settings=SGD, error=True),
+        training("ddp-unwritable", "full", "ddp", importance="data.json/importance.safetensors", error=True),
     ]
     return launch(setting.folder, 2, scenarios)
 
@@ -302,6 +305,7 @@ def fsdp2(setting) -> Runs:
         {"name": "fsdp2-loop", "engine": "fsdp2", "loop": True},
         training("fsdp2-meddler", "full", "fsdp2", meddler=meddler, error=True),
         training("fsdp2-wrong-names", "full", "fsdp2", frozen="wrong", error=True),
+        training("fsdp2-sgd", "full", "fsdp2", settings=SGD, error=True),
     ]
     return launch(setting.folder, 2, scenarios)
 
@@ -326,6 +330,7 @@ def zero_failures(setting: Setting, name: str) -> list[dict]:
     ]
     scenarios.append(training(f"{name}-tampered", "full", "deepspeed", tamper=checkpoint, **more))
     scenarios.append(training(f"{name}-wrong-names", "full", "deepspeed", **more | {"frozen": "wrong"}))
+    scenarios.append(training(f"{name}-sgd", "full", "deepspeed", settings=SGD, **more))
     return scenarios
 
 
@@ -557,6 +562,27 @@ def test_optimizer_keeps_nothing_of_frozen_coordinates(request, setting, case):
                 assert not rest.numel() or rest.any(), f"{key} of {name} is empty"
 
 
+def second_moments(result: dict) -> dict[str, Tensor]:
+    """What the importance file should hold, from state that was gathered whole by other means."""
+    return {name: moment.sqrt().bfloat16() for name, moment in result["exp_avg_sq"].items()}
+
+
+@each_case
+def test_importance_is_the_root_of_the_whole_second_moment(request, alone, setting, case):
+    expected = [second_moments(result) for result in request.getfixturevalue(case.launch)[case.name]]
+    written = load_file(setting.folder / case.name / "importance.safetensors")
+    assert {moment.dtype for moment in written.values()} == {torch.bfloat16}
+    assert any(moment.any() for moment in written.values())
+    for moments in expected:
+        assert written.keys() == moments.keys()
+        for name, moment in moments.items():
+            assert torch.equal(written[name], moment), name
+    if not case.bf16:
+        reference = load_file(setting.folder / case.alone / "importance.safetensors")
+        for name, moment in written.items():
+            torch.testing.assert_close(moment, reference[name], rtol=2e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", marked([case for case in CASES if case.optimizer]))
 def test_model_under_zero_computes_with_what_the_optimizer_holds(request, case):
     for result in request.getfixturevalue(case.launch)[case.name]:
@@ -580,6 +606,9 @@ RESUMED = [
 @pytest.mark.parametrize(("launch", "name", "undisturbed"), marked(RESUMED))
 def test_resumed_training_is_the_undisturbed_one(request, launch, name, undisturbed):
     runs = request.getfixturevalue(launch)
+    again, once = (load_file(runs.folder / one / "importance.safetensors") for one in (name, undisturbed))
+    assert again.keys() == once.keys() == runs[undisturbed][0]["parameters"].keys()
+    assert all(torch.equal(again[parameter], once[parameter]) for parameter in once)
     for resumed, whole in zip(runs[name], runs[undisturbed], strict=True):
         assert len(resumed["steps"]) == 3  # the beginning, and two steps
         assert resumed["fingerprints"] == whole["fingerprints"]
@@ -612,20 +641,25 @@ def test_checkpoint_of_another_number_of_processes_goes_on(request, alone, setti
 BROKEN = ("RuntimeError", "core isolation was broken")
 TAMPERED = ("CpiftError", "differ in the checkpoint")
 WRONG = ("CpiftError", "that the model has not")
+NO_MOMENT = ("CpiftError", "SGD keeps no second moment of each coordinate of 'model.")
 FAILURES = [
     ("ddp", "ddp-meddler", *BROKEN),
     ("ddp", "ddp-tampered", *TAMPERED),
     ("ddp", "ddp-wrong-names", *WRONG),
+    ("ddp", "ddp-sgd", *NO_MOMENT),
+    ("fsdp2", "fsdp2-sgd", *NO_MOMENT),
     ("fsdp2", "fsdp2-meddler", *BROKEN),
     ("fsdp2", "fsdp2-wrong-names", *WRONG),
     ("zero12", "zero2-meddler-model", *BROKEN),
     ("zero12", "zero2-meddler-master", *BROKEN),
     ("zero12", "zero2-tampered", *TAMPERED),
     ("zero12", "zero2-wrong-names", *WRONG),
+    ("zero12", "zero2-sgd", *NO_MOMENT),
     ("zero3", "zero3-meddler-model", *BROKEN),
     ("zero3", "zero3-meddler-master", *BROKEN),
     ("zero3", "zero3-tampered", *TAMPERED),
     ("zero3", "zero3-wrong-names", *WRONG),
+    ("zero3", "zero3-sgd", *NO_MOMENT),
 ]
 
 
@@ -635,6 +669,13 @@ def test_what_one_process_finds_is_raised_by_all(request, launch, name, kind, me
     for result in (first, second):
         assert result.get("kind") == kind, result.keys()
         assert message in result["error"]
+
+
+def test_a_file_that_cannot_be_written_ends_all_processes(ddp):
+    main, other = ddp["ddp-unwritable"]
+    assert main["kind"] == "FileExistsError"  # a file is where its folder should be
+    assert other["kind"] == "CpiftError"
+    assert "the main process could not write" in other["error"]
 
 
 @pytest.fixture(scope="module")
@@ -680,6 +721,16 @@ LOOPS = [
     ("zero3", "zero3-loop"),
 ]
 each_loop = pytest.mark.parametrize(("launch", "name"), marked(LOOPS))
+
+
+@each_loop
+def test_importance_of_a_plain_loop(request, setting, launch, name):
+    for result in request.getfixturevalue(launch)[name]:
+        written = load_file(setting.folder / name / "importance.safetensors")
+        expected = second_moments(result)
+        assert written.keys() == expected.keys()
+        for parameter, moment in expected.items():
+            assert torch.equal(written[parameter], moment), parameter
 
 
 @each_loop

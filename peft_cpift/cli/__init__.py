@@ -19,7 +19,7 @@ from peft_cpift.cli import files, runs
 from peft_cpift.errors import CpiftError, MismatchWarning, NoEffectWarning
 
 app = typer.Typer(
-    help="Core parameter isolation (CPI-FT): find what each task moved most, fuse, and fine-tune around it.",
+    help="Core parameter isolation (CPI-FT): find what matters most to each task, fuse, and fine-tune around it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -18,6 +18,9 @@ def core(
     tuned: Annotated[Path, typer.Argument(help="Checkpoint or adapter folder after fine-tuning on the task.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Region file to write (.safetensors).")],
     base: Annotated[Path | None, typer.Option(help="The same before; not needed for Propulsion adapters.")] = None,
+    importance: Annotated[
+        Path | None, typer.Option(help="What matters most, by a file of ImportanceCallback's; needs no base.")
+    ] = None,
     percent: Annotated[float, typer.Option(help="Share of all coordinates, in percent.")] = 1.0,
     scope: Annotated[str, typer.Option(help="global: of all tensors together; tensor: of each one.")] = "global",
     include: Annotated[
@@ -29,7 +32,7 @@ def core(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the core region of a task: the coordinates that fine-tuning moved most."""
+    """Find the core region of a task: the coordinates that fine-tuning moved most, or that mattered most to it."""
     import_torch()
     from peft_cpift.core import CoreSearch
     from peft_cpift.core.region import check_free_region
@@ -38,6 +41,7 @@ def core(
     search = CoreSearch(
         tuned,
         base,
+        importance=importance,
         percent=percent,
         scope=scope,
         include=include or "*",
@@ -46,6 +50,7 @@ def core(
     )
     plan = {
         "output": str(output),
+        "importance": search.measure,
         "percent": percent,
         "scope": scope,
         "tensors": len(search.shapes),

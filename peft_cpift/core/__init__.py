@@ -1,4 +1,4 @@
-"""Core regions: which coordinates a task moved most, how the regions of tasks overlap, and in which order to train."""
+"""Core regions: the coordinates that matter most to a task, how those of tasks overlap, and the order to train in."""
 
 from peft_cpift.core.order import measured_helps, order_groups
 from peft_cpift.core.overlap import Overlap, group_tasks, jaccard_index, jaccard_matrix, measure_overlap

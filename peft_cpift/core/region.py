@@ -1,4 +1,4 @@
-"""Core regions: the coordinates that a task moved most, and their file."""
+"""Core regions: the coordinates that matter most to a task, and their file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peft_cpift.checkpoint.header import MAX_BYTES, MAX_SIZE
 from peft_cpift.checkpoint.writer import write_tensors
+from peft_cpift.core.importance import MEASURES, UPDATE
 from peft_cpift.core.indices import Indices
 from peft_cpift.errors import CpiftError
 
@@ -40,6 +41,9 @@ class CoreRegion:
         percent: the p that was asked for, in (0, 100]; None for a union.
         scope: whether p is of all coordinates together (`"global"`, the paper), or of each tensor (`"tensor"`).
         tuned, base: digests of the tensors that the region was found in, or None.
+        importance: what it was chosen by: `"update"`, how far fine-tuning moved each coordinate (the paper, and the
+            default), `"second_moment"`, the gradients that each had, as `save_importance` writes them (ours), or
+            `"given"`, tensors of the caller's; None for a union.
 
     `len(region)` is the number of coordinates, `region.total` the number D of those considered, `a | b` the union.
 
@@ -60,14 +64,19 @@ class CoreRegion:
     scope: str = "global"
     tuned: str | None = None
     base: str | None = None
+    importance: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "shapes", {name: tuple(self.shapes[name]) for name in sorted(self.shapes)})
         object.__setattr__(self, "indices", Indices(self.indices, self.shapes))
         if self.scope not in SCOPES:
             raise CpiftError(f"unknown scope '{self.scope}': use one of {', '.join(SCOPES)}")
+        if self.importance not in (None, *MEASURES):
+            raise CpiftError(f"unknown importance '{self.importance}': use one of {', '.join(MEASURES)}")
         if self.percent is None:
             return
+        if self.importance is None:
+            object.__setattr__(self, "importance", UPDATE)
         check_percent(self.percent)
         object.__setattr__(self, "percent", float(self.percent))  # 1 and 1.0 are written alike
         groups = [self.shapes] if self.scope == "global" else [[name] for name in self.shapes]
@@ -96,6 +105,9 @@ class CoreRegion:
 
     def save(self, file: str | os.PathLike) -> None:
         """Write the region as safetensors: a vector of indices per name, the rest in the metadata."""
+        given = {"tuned": self.tuned, "base": self.base}
+        if self.importance != UPDATE:  # which is what a file means that says nothing
+            given["importance"] = self.importance
         metadata = {
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
@@ -103,7 +115,7 @@ class CoreRegion:
             "percent": json.dumps(self.percent),
             "scope": self.scope,
             "shapes": json.dumps(self.shapes),
-            **{key: digest for key, digest in (("tuned", self.tuned), ("base", self.base)) if digest is not None},
+            **{key: value for key, value in given.items() if value is not None},
         }
         file, compact = Path(file), self.indices.compact
         layout = {name: (tuple(index.shape), index.dtype) for name, index in compact.items()}
@@ -137,7 +149,11 @@ class CoreRegion:
                 raise ValueError(f"its shapes take more than {MAX_BYTES} bytes")
             shapes = {name: tuple(map(_size, shape)) for name, shape in json.loads(metadata["shapes"]).items()}
             region = cls(
-                indices, shapes, percent, metadata["scope"], tuned=metadata.get("tuned"), base=metadata.get("base")
+                indices,
+                shapes,
+                percent,
+                metadata["scope"],
+                **{key: metadata.get(key) for key in ("tuned", "base", "importance")},
             )
             if str(region.total) != metadata["total"]:
                 raise ValueError(f"its shapes have {region.total} coordinates, not {metadata['total']}")

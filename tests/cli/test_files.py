@@ -159,6 +159,7 @@ def test_options_of_core(succeed, models, options, settings):
     search = CoreSearch(models / "maths", models / "pretrained", **settings)
     assert plan == {
         "output": str(output),
+        "importance": "update",
         "percent": region.percent,
         "scope": region.scope,
         "tensors": len(region.shapes),
@@ -168,6 +169,22 @@ def test_options_of_core(succeed, models, options, settings):
         "peak_bytes": search.peak_bytes,
     }
     assert made == {**plan, "coordinates": len(region), "core_tensors": len(region.indices)}
+
+
+def test_core_by_importance_needs_no_base(succeed, models):
+    tensors = load_file(models / "maths" / "model.safetensors")
+    rating = {name: tensor.square().bfloat16() for name, tensor in tensors.items()}
+    told = {"format": "peft_cpift.importance", "version": "1", "measure": "second_moment", "untrained": "[]"}
+    file, output = models / "importance.safetensors", models / "made.safetensors"
+    save_file(rating, file, told)
+    arguments = ["core", models / "maths", "--importance", file, "-o", output, "--percent", 5]
+    plan = json.loads(succeed(*arguments, "--dry-run", "--json"))
+    assert (plan["importance"], plan["bytes_to_read"]) == ("second_moment", 2 * plan["total"])
+    assert not output.exists()
+    assert json.loads(succeed(*arguments, "--json"))["importance"] == "second_moment"
+    find_core_region(models / "maths", importance=file, percent=5).save(models / "expected.safetensors")
+    assert output.read_bytes() == (models / "expected.safetensors").read_bytes()
+    assert succeed(*arguments, "--overwrite") == f"{output}: 40 of 800 coordinates, in 3 of 3 tensors\n"
 
 
 def test_core_does_not_overwrite_unless_told(call, succeed, probes):
@@ -387,12 +404,18 @@ def test_fuse_overwrites_an_earlier_fusion_only_if_told(call, succeed, models):
 
 def test_mistakes_are_one_line_and_leave_no_file(call, probes):
     two = ["fuse", "a=x", "--core", "a=y", "--start", "s", "-o", probes / "x"]
+    adapter = probes / "maths" / "adapter_model.safetensors"
     cases = [
         (["core", probes / "none", "-o", probes / "x"], "no folder"),
         (["core", probes / "maths", "-o", probes / "x", "--percent", 101], "percent must be in (0, 100]"),
         (["core", probes / "maths", "-o", probes / "x", "--scope", "layer"], "unknown scope 'layer'"),
         (["core", probes / "maths", "-o", probes / "x", "--coordinates", "all"], "unknown coordinates 'all'"),
         (["core", probes / "maths", "-o", probes / "x", "--include", "head"], "no tensor matches 'head'"),
+        (["core", probes / "maths", "-o", probes / "x", "--importance", probes / "none"], "no importance file"),
+        (
+            ["core", probes / "maths", "-o", probes / "x", "--importance", adapter],
+            "adapter_model.safetensors is no importance file",
+        ),
         (["core", probes / "maths", "-o", probes / "x", "--exclude", "*"], "no tensor is left to look at"),
         (["core", probes / "maths", "-o", probes / "maths" / "adapter_model.safetensors"], "exists: choose another"),
         (["demo", "--output", probes / "maths"], "something else than a demo: choose another"),

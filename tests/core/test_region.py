@@ -207,10 +207,11 @@ def smallest(size: int) -> str:
     percent=st.none() | st.floats(1, 100) | st.integers(1, 100),
     scope=st.sampled_from(["global", "tensor"]),
     digests=st.sampled_from([(None, None), ("0f" * 32, None), ("0f" * 32, "1e" * 32)]),
+    importance=st.sampled_from([None, "update", "second_moment", "given"]),
     data=st.data(),
 )
 @settings(max_examples=80, deadline=None, database=None)
-def test_a_round_trip_and_the_file_by_hand(tmp_path_factory, sizes, percent, scope, digests, data):
+def test_a_round_trip_and_the_file_by_hand(tmp_path_factory, sizes, percent, scope, digests, importance, data):
     folder = tmp_path_factory.mktemp("region")
     indices = {}
     for name, size in sizes.items():
@@ -219,7 +220,9 @@ def test_a_round_trip_and_the_file_by_hand(tmp_path_factory, sizes, percent, sco
         if index := sorted(data.draw(st.sets(places, max_size=most))):
             indices[name] = index
     shapes = {name: data.draw(st.sampled_from([(size,), (1, size), (size, 1, 1)])) for name, size in sizes.items()}
-    region = make(indices, shapes, percent=percent, scope=scope, tuned=digests[0], base=digests[1])
+    region = make(
+        indices, shapes, percent=percent, scope=scope, tuned=digests[0], base=digests[1], importance=importance
+    )
     file = folder / "deep" / "core.safetensors"
     region.save(file)
     assert [entry.name for entry in file.parent.iterdir()] == ["core.safetensors"]
@@ -233,11 +236,14 @@ def test_a_round_trip_and_the_file_by_hand(tmp_path_factory, sizes, percent, sco
         "total": str(sum(sizes.values())),
         **({"tuned": digests[0]} if digests[0] else {}),
         **({"base": digests[1]} if digests[1] else {}),
+        **({"importance": importance} if importance not in (None, "update") else {}),
     }
     assert kept == {name: (smallest(sizes[name]), index) for name, index in indices.items()}
     for loaded in (CoreRegion.load(file), CoreRegion.load(str(file))):
         assert (as_lists(loaded), loaded.shapes, loaded.percent) == (indices, shapes, percent)
         assert (loaded.scope, loaded.tuned, loaded.base) == (scope, *digests)
+        if percent is not None or importance != "update":  # which a union's file does not tell
+            assert loaded.importance == region.importance == (importance or (percent and "update"))
         assert all(index.dtype == torch.int64 for index in loaded.indices.values())
         loaded.save(folder / "again.safetensors")
         assert (folder / "again.safetensors").read_bytes() == file.read_bytes()
@@ -259,6 +265,17 @@ def test_the_file_to_the_byte(tmp_path):
     ).encode()
     header += b" " * (-len(header) % 8)
     assert content == struct.pack("<Q", len(header)) + header + struct.pack("<qHHB", 4_899_999_999, 1, 299, 3)
+
+
+def test_a_file_without_a_measure_is_of_updates_and_a_union_of_none(tmp_path):
+    shapes = {"w": (40,)}
+    one, other = make({"w": [1]}, shapes, percent=5), make({"w": [2]}, shapes, percent=5, importance="second_moment")
+    assert (one.importance, other.importance, (one | other).importance) == ("update", "second_moment", None)
+    one.save(tmp_path / "core.safetensors")
+    assert "importance" not in read_by_hand(tmp_path / "core.safetensors")[0]
+    assert CoreRegion.load(tmp_path / "core.safetensors").importance == "update"
+    with pytest.raises(CpiftError, match="unknown importance 'fisher': use one of update, second_moment, given"):
+        make({"w": [1]}, shapes, percent=5, importance="fisher")
 
 
 def test_equal_regions_give_equal_files(tmp_path):
@@ -291,6 +308,8 @@ def test_regions_that_differ_give_other_files(tmp_path):
         make({"w": [1]}, {"w": (4, 10)}, percent=5),
         make({"w": [1]}, shapes, percent=5, tuned="a"),
         make({"w": [1]}, shapes, percent=5, base="a"),
+        make({"w": [1]}, shapes, percent=5, importance="second_moment"),
+        make({"w": [1]}, shapes, percent=5, importance="given"),
     ]
     for number, region in enumerate(regions):
         region.save(tmp_path / f"{number}")

@@ -892,3 +892,190 @@ def test_the_memory_does_not_grow_with_the_number_of_tensors(tmp_path, scope):
     seen = search_apart(tmp_path, 1, scope)
     assert seen["wanted"] == 400_000
     assert seen["grown"] < seen["peak_bytes"] + SLACK
+
+
+# By an importance from outside
+
+
+def importance_file(file: Path, tensors: Tensors, untrained: list | dict = (), **metadata: str) -> Path:
+    """What `save_importance` writes, by hand."""
+    told = {"format": "peft_cpift.importance", "version": "1", "measure": "second_moment", "beta2": "[0.9]"}
+    save_file(tensors, file, {**told, "optimizer": "AdamW", "untrained": json.dumps(untrained), **metadata})
+    return file
+
+
+def ranked(importance: Tensors, shapes: dict[str, tuple], percent: float, scope: str = "global") -> dict:
+    """The reference: the largest by sorting in plain Python, and D of all that is considered."""
+    indices: dict[str, list[int]] = {}
+    for group in [sorted(shapes)] if scope == "global" else [[name] for name in sorted(shapes)]:
+        count = share(sum(int(np.prod(shapes[name])) for name in group), percent)
+        rates = [
+            (-value, name, index)
+            for name in group
+            if name in importance
+            for index, value in enumerate(importance[name].double().reshape(-1).tolist())
+            if value > 0
+        ]
+        for _, name, index in sorted(rates)[:count]:
+            indices.setdefault(name, []).append(index)
+    return {name: sorted(index) for name, index in indices.items()}
+
+
+@st.composite
+def rated_models(draw) -> tuple[Tensors, Tensors]:
+    """A model, and a tensor of importance for most of its tensors."""
+    tuned, importance = {}, {}
+    for name in draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=5, unique=True)):
+        shape = draw(st.sampled_from(SHAPES))
+        count = int(np.prod(shape))
+        tuned[name] = torch.zeros(shape, dtype=draw(st.sampled_from(DTYPES)))
+        values = draw(st.lists(st.sampled_from([0.0, 0.0, 1.0, 2.0, 0.5, 1e-30]), min_size=count, max_size=count))
+        if draw(st.integers(0, 3)):
+            dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+            importance[name] = torch.tensor(values, dtype=torch.float64).reshape(shape).to(dtype)
+    return tuned, importance
+
+
+@given(model=rated_models(), percent=PERCENTS, scope=SCOPES, way=WAYS)
+@settings(max_examples=150, deadline=None, database=None)
+def test_by_importance_equals_sorting(tmp_path_factory, model, percent, scope, way):
+    tuned, importance = model
+    folder = tmp_path_factory.mktemp("rated")
+    untrained = sorted(tuned.keys() - importance.keys())
+    file = importance_file(folder / "importance.safetensors", importance, [*untrained, "some.buffer"])
+    expected = ranked(importance, {name: tuple(t.shape) for name, t in tuned.items()}, percent, scope)
+    region = find(write_model(folder / "tuned", tuned), None, percent, way, scope=scope, importance=file)
+    assert as_lists(region) == expected
+    assert region.total == sum(tensor.numel() for tensor in tuned.values())
+    assert (region.importance, region.percent, region.scope) == ("second_moment", percent, scope)
+    filled = importance | {name: torch.zeros(tuned[name].shape) for name in untrained}
+    given_ones = find(tuned, None, percent, way, scope=scope, importance=filled)
+    assert (as_lists(given_ones), given_ones.importance) == (expected, "given")
+
+
+@pytest.mark.parametrize("percent", [0.1, 5, 60])
+def test_by_importance_in_larger_files_with_topk_as_reference(tmp_path, percent):
+    rating = whole(torch.rand(6000, generator=torch.Generator().manual_seed(3)) + 1e-3, "many")
+    tuned = write_model(tmp_path / "tuned", {name: torch.zeros_like(tensor) for name, tensor in rating.items()})
+    file = importance_file(tmp_path / "importance.safetensors", rating)
+    names = sorted(rating)
+    top = torch.cat([rating[name] for name in names]).topk(share(6000, percent)).indices
+    ends = np.cumsum([len(rating[name]) for name in names])
+    for way in ({"chunk": 64, "runs": 8, "run": 16, "threads": 2}, {"chunk": 1000}):
+        region = find(tuned, None, percent, way, importance=file)
+        starts = {name: end - len(rating[name]) for name, end in zip(names, ends.tolist(), strict=True)}
+        chosen = [index + starts[name] for name, found in region.indices.items() for index in found.tolist()]
+        assert sorted(chosen) == top.sort().values.tolist()
+
+
+def test_moves_do_not_count_where_importance_does(tmp_path):
+    """Nor does the base, but it is still what the region says that it was found in."""
+    tuned, base = {"w": torch.tensor([9.0, 0.0, 0.0, 0.0])}, {"w": torch.zeros(4)}
+    region = find_core_region(tuned, base, importance={"w": torch.tensor([0.0, 1.0, 3.0, 2.0])}, percent=50)
+    assert as_lists(region) == {"w": [2, 3]}
+    assert region.base == find_core_region(tuned, base).base
+    assert find_core_region(tuned, importance={"w": torch.ones(4)}, percent=50).base is None
+
+
+def test_only_the_importance_is_read_and_its_bytes_are_told(tmp_path):
+    tuned = write_model(tmp_path / "tuned", {"a": torch.zeros(700), "b": torch.zeros(300)})
+    file = importance_file(tmp_path / "i.safetensors", {"a": torch.rand(700).bfloat16()}, ["b"])
+    search = CoreSearch(tuned, importance=file, percent=10)
+    assert (search.bytes_to_read, search.wanted, search.total, search.measure) == (1400, 100, 1000, "second_moment")
+    told = []
+    search.run(told.append)
+    assert sum(told) == 1400
+    assert CoreSearch({"a": torch.zeros(3)}, {"a": torch.ones(3)}).measure == "update"
+
+
+def test_fewer_with_importance_than_wanted_is_warned_of():
+    with pytest.warns(NoEffectWarning, match="only 1 of 4 coordinates have an importance above 0, fewer than the 2"):
+        region = find_core_region({"w": torch.zeros(4)}, importance={"w": torch.eye(4)[1]}, percent=50)
+    assert as_lists(region) == {"w": [1]}
+
+
+def test_an_adapter_of_any_kind_needs_no_base_with_importance(tmp_path):
+    name = "base_model.model.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(2, 3)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(CpiftError, match="no known starting value"):
+        find_core_region(tmp_path)
+    region = find_core_region(tmp_path, importance={name: torch.arange(6.0).view(2, 3)}, percent=34)
+    assert as_lists(region) == {name: [4, 5]}
+
+
+def test_patterns_choose_among_what_has_importance():
+    tuned = {"a": torch.zeros(4), "b": torch.zeros(4)}
+    rating = {"a": torch.arange(4.0), "gone": torch.ones(2)}
+    region = find_core_region(tuned, importance=rating, exclude=["b", "gone"], percent=25)
+    assert (as_lists(region), region.total) == ({"a": [3]}, 4)
+    assert as_lists(find_core_region(tuned, importance=rating, include="a", percent=25)) == {"a": [3]}
+
+
+NAN, INFINITE = float("nan"), float("inf")
+RATED = {"a": torch.ones(2, 2), "b": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"b": None}, "tensor 'b' of tensors in memory is missing in the importance given: give that"),
+        ({"c": torch.ones(1)}, "tensor 'c' of the importance given is missing in tensors in memory: give that"),
+        (
+            {"a": torch.ones(4)},
+            r"tensor 'a' has shape \[4\] in .* and \[2, 2\] in .*: give that of the same",
+        ),
+        ({"a": torch.ones(2, 2, dtype=torch.int32)}, "tensor 'a' in .* is torch.int32: importance is in floats"),
+        ({"b": torch.tensor([1.0, -1e-30, 2.0])}, "tensor 'b' has a negative value in .*: importance is 0 or more"),
+        (
+            {"b": torch.tensor([1.0, NAN, 2.0])},
+            "tensor 'b' has a value that is not finite in .*: the training diverged",
+        ),
+        ({"b": torch.tensor([1.0, INFINITE, 2.0])}, "tensor 'b' has a value that is not finite"),
+        ({"b": torch.tensor([1.0, -INFINITE, NAN])}, "tensor 'b' has a negative value"),
+    ],
+)
+def test_importance_that_does_not_fit_is_named(change, message):
+    rating = {name: tensor for name, tensor in {**RATED, **change}.items() if tensor is not None}
+    with pytest.raises(CpiftError, match=message) as caught:
+        find_core_region(RATED, importance=rating, percent=50)
+    assert "\n" not in str(caught.value)
+
+
+def test_importance_is_not_for_what_adapters_add_to_weights(tmp_path):
+    with pytest.raises(CpiftError, match=r"importance is of an adapter's own tensors.*: find the core with"):
+        find_core_region(tmp_path, importance=tmp_path / "i.safetensors", coordinates="delta")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "pt"}, "is no importance file: give one that save_importance or ImportanceCallback wrote"),
+        ({"version": "2"}, "has version '2' of the importance format and measure 'second_moment', which .*: upgrade"),
+        ({"measure": "fisher"}, "has version '1' of the importance format and measure 'fisher', which"),
+        ({"untrained": {"a": 1}}, "is damaged: its 'untrained' is no list of names"),
+        ({"untrained": [3]}, "is damaged: its 'untrained' is no list of names"),
+    ],
+)
+def test_importance_files_of_another_kind(tmp_path, metadata, message):
+    file = importance_file(tmp_path / "i.safetensors", RATED, **metadata)
+    with pytest.raises(CpiftError, match=message) as caught:
+        find_core_region(RATED, importance=file)
+    assert str(file) in str(caught.value)
+
+
+def test_importance_files_that_are_none(tmp_path):
+    for file in (tmp_path, tmp_path / "none"):
+        with pytest.raises(CpiftError, match=r"no importance file .*: give one that save_importance"):
+            find_core_region(RATED, importance=file)
+    whole_file = importance_file(tmp_path / "i.safetensors", RATED).read_bytes()
+    for content in (b"", b"x" * 100, whole_file[:-1]):
+        (tmp_path / "i.safetensors").write_bytes(content)
+        with pytest.raises(CpiftError, match=r"cannot read .*i.safetensors"):
+            find_core_region(RATED, importance=tmp_path / "i.safetensors")
+
+
+def test_a_file_that_lacks_a_tensor_which_it_does_not_call_untrained(tmp_path):
+    file = importance_file(tmp_path / "i.safetensors", {"a": RATED["a"]}, ["elsewhere"])
+    with pytest.raises(CpiftError, match=r"tensor 'b' of tensors in memory is missing in .*i.safetensors: give"):
+        find_core_region(RATED, importance=file)

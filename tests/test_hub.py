@@ -136,6 +136,7 @@ def make_run(folder: Path, tiny_model: Path, kind: str, base: str) -> Path:
         "final/.hidden.json": "{}",
         "final/model.safetensors.part": "half",
         "final/training_args.bin": "pickled",
+        "final/importance.safetensors": "what a core was found by",
         "final/checkpoint-3/trainer_state.json": "{}",
         "cores/.sums.safetensors.12.part": "half",
         "final.part/config.json": "{}",
@@ -396,6 +397,23 @@ def test_a_field_that_an_earlier_report_has_not_is_left_out(report):
     assert "| learning rates | integration 0.004 |" in str(model_card(subject))
     report["settings"] = {}
     assert "learning rates" not in str(model_card(subject))
+
+
+def test_the_card_says_by_what_the_cores_were_chosen(report):
+    def text() -> str:
+        return str(model_card(Subject(repository="me/run", report=report, peft_type="PROPULSION", base="me/tiny")))
+
+    for given in ({}, {"importance": "update"}):  # earlier reports say nothing of it
+        report["recipe"]["core"] |= given
+        assert "calls the coordinates\nthat moved most the task's core." in text()
+        assert "# the coordinates that this task moved most\n" in text()
+        assert "| core by | update |" in text()
+    report["recipe"]["core"] |= {"importance": "second_moment"}
+    assert (
+        "calls the coordinates\nwith the largest gradients (the optimizer's second moment; the paper takes" in text()
+    )
+    assert "# the coordinates that matter most to this task\n" in text()
+    assert "| core by | second moment of the gradients |" in text()
 
 
 def test_names_break_neither_tables_nor_lines(report):

@@ -88,7 +88,7 @@ The whole report is `report/index.html`, its numbers `report/report.json`.
 ## Method
 
 CPI-FT ([arXiv 2508.21741](https://arxiv.org/abs/2508.21741)) fine-tunes on each task alone, and calls the coordinates
-that moved most the task's core. Tasks whose cores overlap form a group. Cores are transplanted into one model, and
+{_chosen(report)} the task's core. Tasks whose cores overlap form a group. Cores are transplanted into one model, and
 all else is interpolated{_how(report["fusion"])}. {INTEGRATION[report["recipe"]["integration"]["schedule"]]}
 Propulsion ([arXiv 2409.10927](https://arxiv.org/abs/2409.10927)) multiplies the outputs of frozen layers by trained
 vectors, `y * z**k`{"; this adapter is one" if subject.peft_type == "PROPULSION" else ", and was not used here"}.
@@ -100,6 +100,17 @@ vectors, `y * z**k`{"; this adapter is one" if subject.peft_type == "PROPULSION"
 `recipe.yaml` has them all. Versions: {versions}.
 {_warnings(report)}"""
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _chosen(report: Mapping[str, Any]) -> str:
+    """What is said of the coordinates that are core."""
+    if _by_gradient(report["recipe"]):
+        return "with the largest gradients (the optimizer's second moment; the paper takes those that moved most)"
+    return "that moved most"
+
+
+def _by_gradient(recipe: Mapping[str, Any]) -> bool:
+    return recipe["core"].get("importance") == "second_moment"  # of which earlier recipes say nothing
 
 
 def _how(fusion: Mapping[str, Any]) -> str:
@@ -220,6 +231,7 @@ def _settings(subject: Subject) -> str:
     rows = {
         "tuner": _tuner(report),
         "core, p": f"{recipe['core']['percent']:g}% ({recipe['core']['scope']})",
+        "core by": "second moment of the gradients" if _by_gradient(recipe) else "update",
         "core coordinates": ", ".join(f"{task} {size:,}" for task, size in sizes.items()),
         "grouping, tau": f"{recipe['grouping']['threshold']:g}",
         "order of groups": order if isinstance(order, str) else "as given",
@@ -258,8 +270,9 @@ def _snippet(subject: Subject) -> str:
             "",
             f"model = AutoModelForCausalLM.from_pretrained({name}{trust})",
         ]
+    which = "matter most to this task" if _by_gradient(recipe) else "this task moved most"
     lines += [
         f"tokenizer = AutoTokenizer.from_pretrained({name}{trust})",
-        f"core = peft_cpift.CoreRegion.from_pretrained({name}, {task!r})  # the coordinates that this task moved most",
+        f"core = peft_cpift.CoreRegion.from_pretrained({name}, {task!r})  # the coordinates that {which}",
     ]
     return "\n".join(lines)

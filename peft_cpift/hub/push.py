@@ -26,6 +26,8 @@ CARD = "README.md"
 PICTURE = "report/report.png"
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 """Suffixes of files that run code when they are read, such as the Trainer's `training_args.bin`: never uploaded."""
+IMPORTANCE = "importance.safetensors"
+"""What a core was found by, half the size of the model and of no use to who loads it: not uploaded either."""
 REPLACED = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -183,7 +185,7 @@ def _files(run: Path, tasks: Iterable[str]) -> Iterator[tuple[str, Path]]:
     """What is uploaded as it is: the path in the repository, and the file."""
     for file in sorted((run / "final").iterdir()):
         unfinished = file.name.startswith(".") or file.suffix == ".part"
-        if file.is_file() and not unfinished and file.suffix not in PICKLES and file.name != CARD:
+        if file.is_file() and not unfinished and file.suffix not in PICKLES and file.name not in (CARD, IMPORTANCE):
             yield file.name, file
     for path in (*(f"cores/{task}.safetensors" for task in tasks), "report/report.json", "report/index.html", PICTURE):
         if (run / path).is_file():

@@ -26,6 +26,7 @@ from peft_cpift.errors import MismatchWarning, NoEffectWarning
 from peft_cpift.evaluation.evaluate import check_lengths, evaluate, measure_losses, normalised_average
 from peft_cpift.evaluation.harness import score_harness
 from peft_cpift.fusion import fuse
+from peft_cpift.importance.callback import FILE as IMPORTANCE
 from peft_cpift.pipeline import plan
 from peft_cpift.pipeline.engine import engine
 from peft_cpift.pipeline.gather import gather
@@ -109,6 +110,7 @@ class Maker:
                 folder,
                 checkpoints,
                 frozen=[self.folder / file for file in stage.frozen],
+                importance=folder / IMPORTANCE if stage.importance else None,
             )
         say(
             f"{stage.name}: {training.steps} steps at learning rate {training.learning_rate:g}, "
@@ -142,7 +144,7 @@ class Maker:
         return self._region(f"probes/{task}", plan.START, core_file(task), f"core of {task}")
 
     def region(self, stage: Stage) -> Result:
-        """What a stage of the integration moved most."""
+        """The core region found in a stage of the integration."""
         return self._region(stage.path, stage.start, stage.region, f"region of {stage.name}")
 
     def transfer(self) -> Result:
@@ -252,6 +254,7 @@ class Maker:
             region = find_core_region(
                 self.folder / tuned,
                 self.path(base),
+                importance=self.folder / tuned / IMPORTANCE if plan.by_second_moment(self.recipe) else None,
                 percent=core.percent,
                 scope=core.scope,
                 exclude=core.exclude,

@@ -34,7 +34,9 @@ class Stage:
     calibration: bool = False
     """Whether it sees the small balanced set of each task rather than all rows."""
     region: str | None = None
-    """Where what it moved most is kept as a core region, if later stages freeze that."""
+    """Where its own core region is kept, if later stages freeze that."""
+    importance: bool = False
+    """Whether its core region is found by the optimizer's second moment, which is then kept beside its model."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,17 @@ def core_file(task: str) -> str:
     return f"cores/{task}.safetensors"
 
 
+def by_second_moment(recipe: Recipe) -> bool:
+    """Whether cores are found by the optimizer's second moment rather than the update."""
+    return recipe.core.importance == "second_moment"
+
+
 def probes(recipe: Recipe) -> list[Stage]:
     """Stage 1 of the method: every task alone, from the same start."""
-    return [Stage(f"probes/{task}", f"probe {task}", "probe", (task,), START) for task in recipe.tasks]
+    return [
+        Stage(f"probes/{task}", f"probe {task}", "probe", (task,), START, importance=by_second_moment(recipe))
+        for task in recipe.tasks
+    ]
 
 
 def multi_stage(groups: Sequence[Sequence[str]]) -> list[Stage]:
@@ -78,7 +88,8 @@ def integration(recipe: Recipe, groups: Sequence[Sequence[str]]) -> list[Stage]:
         last = number == len(groups)
         name = "final" if last else stage.name
         region = f"regions/{number:02d}.safetensors" if settings.dynamic_regions and not last else None
-        stages.append(replace(stage, name=name, frozen=frozen, calibration=True, region=region))
+        importance = region is not None and by_second_moment(recipe)
+        stages.append(replace(stage, name=name, frozen=frozen, calibration=True, region=region, importance=importance))
         frozen += (*map(core_file, stage.tasks), *([region] if region else []))
     return stages
 

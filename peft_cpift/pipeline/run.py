@@ -8,7 +8,7 @@ RUN/groups.json              stage 2: overlaps, groups and their order
 RUN/multi_stage/NN-<group>/  stage 3: plain fine-tuning over the groups, the fusion's start
 RUN/fused/                   stage 3: the fused parameters
 RUN/stages/NN-<group>/       stage 4: fine-tuned group by group, earlier cores frozen
-RUN/regions/NN.safetensors   stage 4: what a stage moved most, where that is frozen too
+RUN/regions/NN.safetensors   stage 4: a stage's own core region, where that is frozen too
 RUN/final/                   the result
 RUN/baselines/               for comparison, as many tokens each
 RUN/report/                  index.html, report.md, report.json, report.png
@@ -36,6 +36,7 @@ from peft_cpift.errors import CpiftError
 from peft_cpift.evaluation.evaluate import check_metrics
 from peft_cpift.evaluation.harness import check_harness
 from peft_cpift.fusion.inputs import open_merged, open_own
+from peft_cpift.importance.callback import FILE as IMPORTANCE
 from peft_cpift.pipeline import plan
 from peft_cpift.pipeline.failures import explained
 from peft_cpift.pipeline.make import Maker
@@ -305,7 +306,8 @@ class Run:
             return self.maker.training(stage, made_from)
 
         scores = self._scored(stage.name, stage.path, part, harness=harness)
-        return [Step(stage.path, part, make, settings, after), scores]
+        holds = (IMPORTANCE,) if stage.importance else ()
+        return [Step(stage.path, part, make, settings, after, holds=holds), scores]
 
     def _scored(self, name: str, path: str, part: str, *, harness: bool = False) -> Step:
         keys = ("metric", "answer", "choices", "language")
@@ -327,7 +329,10 @@ class Run:
         return {task: self.data[task].train_digest for task in tasks}
 
     def _core_settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.recipe.core)
+        settings = dataclasses.asdict(self.recipe.core)
+        if not plan.by_second_moment(self.recipe):
+            del settings["importance"]  # notes from before there was a choice say nothing of it
+        return settings
 
 
 def summarise(stale: Mapping[str, str]) -> str:

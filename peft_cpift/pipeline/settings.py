@@ -99,6 +99,11 @@ CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 PROPULSION_LEARNING_RATE = 1e-3
 """Default for Propulsion in place of SFTConfig's 2e-5, which hardly moves a scale (measured, see the README)."""
 STAGES = ("probe", "multi_stage", "integration", "baselines")
+# Of the names that `optim` may have, those whose optimizers keep `exp_avg_sq` whole and unquantized.
+WITH_SECOND_MOMENT = {
+    *("adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_anyprecision"),
+    *("schedule_free_adamw", "schedule_free_radam"),
+}
 
 
 def resolve_all(recipe: Recipe, tuner: PeftConfig | None) -> dict[str, dict[str, Any]]:
@@ -115,7 +120,11 @@ def resolve_all(recipe: Recipe, tuner: PeftConfig | None) -> dict[str, dict[str,
         "integration": (recipe.integration.training, "integration"),
         "baselines": (recipe.baselines.training, "baselines"),
     }
-    return {stage: resolve_settings(recipe, tuner, *own[stage]) for stage in STAGES}
+    resolved = {stage: resolve_settings(recipe, tuner, *own[stage]) for stage in STAGES}
+    if recipe.core.importance == "second_moment":
+        for stage in ("probe", "integration") if recipe.integration.dynamic_regions else ("probe",):
+            _check_optimizer(setting(resolved[stage], "optim"), stage)
+    return resolved
 
 
 def resolve_settings(
@@ -200,6 +209,12 @@ def resolve_tuner(recipe: Recipe) -> PeftConfig | None:
             f"single weights frozen: set integration.schedule to none, or use one of {', '.join(FUSABLE_ADAPTERS)}, "
             "or tuner: full"
         )
+    if not fuses_by_coordinate(recipe) and recipe.core.importance == "second_moment":
+        raise CpiftError(
+            f"'tuner.peft_type' is {kind}, whose core is that of the weights its adapters add up to, of which no "
+            f"optimizer keeps a second moment: set core.importance to update, or use one of "
+            f"{', '.join(FUSABLE_ADAPTERS)}, or tuner: full"
+        )
     if not fuses_by_coordinate(recipe) and recipe.baselines.merge:
         raise CpiftError(
             f"'tuner.peft_type' is {kind}, whose adapters 'baselines.merge' cannot merge tensor by tensor: take it "
@@ -214,6 +229,16 @@ def resolve_tuner(recipe: Recipe) -> PeftConfig | None:
 def fuses_by_coordinate(recipe: Recipe) -> bool:
     """Whether what is trained is fused coordinate by coordinate; LoRA and its kin are fused as added weights."""
     return recipe.tuner == "full" or recipe.tuner.get("peft_type") in FUSABLE_ADAPTERS
+
+
+def _check_optimizer(optim: str, stage: str) -> None:
+    """Raise CpiftError if an optimizer is known to keep no second moment; DeepSpeed's own are asked when they step."""
+    name = str(getattr(optim, "value", optim))
+    if name not in WITH_SECOND_MOMENT:
+        raise CpiftError(
+            f"'core.importance' is second_moment, which the optimizer of '{stage}.training' does not keep, optim "
+            f"{name}: use adamw_torch, or core.importance update"
+        )
 
 
 def _did_you_mean(name: str, names: list[str]) -> str:

@@ -40,6 +40,8 @@ class Step:
     """The steps whose results it uses."""
     leaves_file: bool = True
     """Whether there is anything at `path`; else its note is all of it."""
+    holds: tuple[str, ...] = ()
+    """Files that must be in the folder at `path` and are no part of `settings`: to want one less is no change."""
 
 
 class Steps:
@@ -81,6 +83,8 @@ class Steps:
                 reasons[step.path] = f"after {upstream[0]}"
             elif note["after"] != ids:
                 reasons[step.path] = "what it was made from changed"
+            elif lacking := [name for name in step.holds if name not in note["files"]]:
+                reasons[step.path] = f"it has no {lacking[0]}"
             elif step.leaves_file and (damage := self._damage(step.path, note["files"])):
                 reasons[step.path] = damage
         return reasons

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from peft_cpift.errors import CpiftError
+from peft_cpift.importance import ImportanceCallback
 from peft_cpift.isolation import CoreIsolationCallback
 from peft_cpift.pipeline.engine import KeepsDtypes, gather_state
 from peft_cpift.pipeline.models import load_model, save_model
@@ -73,6 +74,7 @@ def train(
     checkpoints: Path,
     *,
     frozen: Sequence[Path] = (),
+    importance: Path | None = None,
 ) -> Training:
     """Fine-tune what `start` holds on `rows` with a fresh optimizer and schedule, and write the result to `output`.
 
@@ -85,14 +87,15 @@ def train(
         checkpoints: a folder for the Trainer's checkpoints. If it holds any of this same training, it goes on from
             the last one that is complete.
         frozen: files of core regions held fixed.
+        importance: a file for the optimizer's second moment; see `ImportanceCallback`.
 
     Raises:
-        CpiftError: the loss or a trained parameter is not finite.
+        CpiftError: the loss or a trained parameter is not finite, or the optimizer has no second moment to write.
     """
     args = SFTConfig(output_dir=checkpoints, seed=recipe.seed, **machine_settings() | settings)
     if args.n_gpu > 1:
         args._n_gpu = 1  # a process has one device; the Trainer would make of several a larger batch, in DataParallel
-    training, accelerator = _train(args, recipe, tokenizer, start, rows, output, frozen)
+    training, accelerator = _train(args, recipe, tokenizer, start, rows, output, frozen, importance)
     accelerator.free_memory()
     release_memory()  # again, since the accelerator itself was the last to know the model, in many a cycle
     return training
@@ -106,14 +109,16 @@ def _train(
     rows: Dataset,
     output: Path,
     frozen: Sequence[Path],
+    importance: Path | None,
 ) -> tuple[Training, Accelerator]:
     """See `train`; when this has returned, nothing but the accelerator knows of the model."""
     checkpoints = Path(args.output_dir)
     model = load_model(recipe, start, to_train=True)
     isolation = [CoreIsolationCallback(list(frozen))] if frozen else []
+    kept = [ImportanceCallback(importance)] if importance else []
     record = _Record()
     trainer = _Trainer(
-        model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[*isolation, record]
+        model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[*isolation, *kept, record]
     )
     trainer.record = record
     trainer.remove_callback(PrinterCallback)

@@ -152,8 +152,11 @@ class Core:
 
     percent: Annotated[Number, Field(gt=0, le=100)] = 1.0
     """p: the share of all coordinates, in percent."""
+    importance: Literal["update", "second_moment"] = "update"
+    """By what they are chosen. `update`: how far the training moved each (the paper). `second_moment`: the size of the
+    gradients that each had, as AdamW remembers it when the training ends."""
     scope: Literal["global", "tensor"] = "global"
-    """`global`: the largest moves of all tensors together (the paper); `tensor`: p percent of each tensor."""
+    """`global`: the largest of all tensors together (the paper); `tensor`: p percent of each tensor."""
     exclude: list[str] = dataclasses.field(default_factory=list)
     """Patterns of tensor names that are never core, such as `*embed_tokens*`."""
 
@@ -211,8 +214,8 @@ class Integration:
     calibration_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.25
     """Share of the smallest task's training rows that is drawn from every task."""
     dynamic_regions: Switch = False
-    """Find after each stage what the stage itself moved most, `core.percent` of all coordinates, and freeze that as
-    well in later stages."""
+    """Find after each stage the stage's own core, `core.percent` of all coordinates, and freeze that as well in later
+    stages."""
     training: Settings = dataclasses.field(default_factory=dict)
     """Fields of TRL's SFTConfig, over the recipe's own `training`."""
 

@@ -73,7 +73,11 @@ def _named(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def _sections(runs: dict[str, dict[str, Any]]) -> list[Section]:
-    recipes = [flatten({k: v for k, v in run["recipe"].items() if k != "output"}) for run in runs.values()]
+    recipes = [
+        {"core.importance": "update"}  # of reports from before there was a choice
+        | flatten({k: v for k, v in run["recipe"].items() if k != "output"})
+        for run in runs.values()
+    ]
     versions = [run["versions"] for run in runs.values()]
     return [
         Section("scores", "Scores", _scores(runs)),

@@ -66,6 +66,17 @@ def test_dynamic_regions_are_frozen_beside_the_cores_from_the_next_stage_on():
     assert (alone.frozen, alone.region, alone.name) == ((), None, "final")
 
 
+def test_the_second_moment_is_kept_where_a_region_is_found_by_it():
+    core = {"core": {"importance": "second_moment"}}
+    assert not any(stage.importance for stage in plan.probes(recipe()))
+    assert all(stage.importance for stage in plan.probes(recipe(**core)))
+    assert not any(stage.importance for stage in plan.multi_stage(GROUPS))
+    assert not any(stage.importance for stage in plan.integration(recipe(**core), GROUPS))
+    dynamic = {"integration": {"dynamic_regions": True}}
+    assert [stage.importance for stage in plan.integration(recipe(**core, **dynamic), GROUPS)] == [True, True, False]
+    assert not any(stage.importance for stage in plan.integration(recipe(**dynamic), GROUPS))
+
+
 def test_mixed_integration_is_one_stage_with_every_core_frozen():
     mixed = recipe(integration={"schedule": "mixed"})
     (stage,) = plan.integration(mixed, GROUPS)

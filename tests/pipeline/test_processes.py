@@ -223,6 +223,28 @@ def test_two_processes_come_to_what_one_comes_to(launched, alone, engine, tuner)
         assert len(sets[0] & sets[1]) > 0.95 * len(sets[0])
 
 
+@pytest.mark.parametrize(
+    ("engine", "tuner"),
+    [("ddp", "propulsion"), *(pytest.param(engine, "full", marks=slow) for engine in ("zero3", "fsdp2"))],
+)
+def test_second_moment_of_two_processes_is_that_of_one(trees, tmp_path, engine, tuner):
+    tree = copy.deepcopy(trees[tuner])
+    tree["core"]["importance"] = "second_moment"
+    ended(launch(tmp_path, ["run", recipe_file(tmp_path, tree), "--stop-after", "core"], engine))
+    tree["training"]["per_device_train_batch_size"] = 4
+    one, two = run(parse_recipe(tree | {"output": str(tmp_path / "one")}), stop_after="core"), tmp_path / "run"
+    assert contents(two).keys() == contents(one).keys()
+    for task in tree["tasks"]:
+        found, expected = (load_file(f / "probes" / task / "importance.safetensors") for f in (two, one))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=2e-2, atol=1e-7)
+        cores = [CoreRegion.load(folder / "cores" / f"{task}.safetensors") for folder in (one, two)]
+        assert {core.importance for core in cores} == {"second_moment"}
+        sets = [{(name, i) for name, index in core.indices.items() for i in index.tolist()} for core in cores]
+        assert len(sets[0] & sets[1]) > 0.8 * len(sets[0])  # rounded to 8 bits, some are nearly tied
+
+
 @each_case
 def test_report_of_two_processes_says_what_that_of_one_says(launched, alone, engine, tuner):
     two, one = models(launched(engine, tuner).folder / "run"), models(alone(tuner))

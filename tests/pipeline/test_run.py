@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_cpift import CoreRegion, CpiftError, fuse
 from peft_cpift.core import measured_helps
+from peft_cpift.pipeline import train
 from peft_cpift.pipeline.run import Run, probe, run
 from peft_cpift.pipeline.steps import Steps
 from peft_cpift.recipe.reading import parse_recipe
@@ -430,6 +431,101 @@ def test_dynamic_regions_are_what_a_stage_moved_most_and_are_frozen_later(tree):
     assert torch.equal(inside.sort().values, moved.sort().values[-len(region) :])
     for name, index in region.indices.items():
         assert torch.equal(flat_bits(last[name])[index], flat_bits(after[name])[index])
+
+
+SECOND_MOMENT = {"percent": 10.0, "importance": "second_moment"}
+
+
+def assert_largest(region: CoreRegion, rating: dict[str, torch.Tensor]) -> None:
+    """The region holds as many coordinates as it should, with the largest values that there are."""
+    everything = torch.cat([rating[name].reshape(-1) for name in sorted(rating)])
+    inside = torch.cat([rating[name].reshape(-1)[index] for name, index in region.indices.items()])
+    assert len(region) == everything.numel() // 10
+    assert torch.equal(inside.sort().values, everything.sort().values[-len(region) :])
+
+
+@pytest.mark.parametrize("tuner", ["propulsion", "full"])
+def test_cores_by_the_second_moment_of_the_probes(tree, tmp_path, tuner):
+    tree |= {"tuner": TUNERS[tuner]}
+    folder = run(parse_recipe({**tree, "core": SECOND_MOMENT}), stop_after="fuse")
+    plain = run(parse_recipe({**tree, "output": str(tmp_path / "plain")}), stop_after="core")
+    differ = 0
+    for task in tree["tasks"]:
+        probe, file = folder / "probes" / task, f"cores/{task}.safetensors"
+        rating = load_file(probe / "importance.safetensors")
+        made, same = weights(probe), weights(plain / "probes" / task)
+        assert rating.keys() == made.keys()
+        region, moved_most = CoreRegion.load(folder / file), CoreRegion.load(plain / file)
+        assert_largest(region, rating)
+        assert (region.importance, region.base) == ("second_moment", moved_most.base)
+        assert moved_most.importance == "update"
+        assert all(torch.equal(flat_bits(made[name]), flat_bits(same[name])) for name in same), "it trained otherwise"
+        differ += any(not torch.equal(moved_most.indices.get(n, i[:0]), i) for n, i in region.indices.items())
+    assert differ
+    assert not list(plain.rglob("importance.safetensors"))
+    assert len(list(folder.rglob("importance.safetensors"))) == len(tree["tasks"])
+
+
+def test_dynamic_regions_by_the_second_moment_of_their_stages(tree):
+    tree |= {
+        "core": SECOND_MOMENT,
+        "grouping": {"order": [["larger"], ["sums"], ["letters"]]},
+        "integration": {"dynamic_regions": True},
+        "baselines": {"multi_task": False},
+    }
+    folder = run(parse_recipe(tree))
+    stages = [folder / "stages" / name for name in ("01-larger", "02-sums", "03-letters")]
+    for number, stage in enumerate(stages[:2], 1):
+        region = CoreRegion.load(folder / "regions" / f"{number:02d}.safetensors")
+        assert_largest(region, load_file(stage / "importance.safetensors"))
+        frozen = CoreRegion.load(folder / "cores" / "larger.safetensors") if number == 2 else CoreRegion({}, {})
+        for name, index in frozen.indices.items():
+            assert not torch.isin(region.indices.get(name, index[:0]), index).any(), "what is frozen has no importance"
+    assert not (stages[2] / "importance.safetensors").exists()
+    assert not (folder / "final" / "importance.safetensors").exists()
+
+
+def test_turning_to_the_second_moment_makes_probes_again_and_turning_back_does_not(tree):
+    update, second = parse_recipe(tree), parse_recipe({**tree, "core": SECOND_MOMENT})
+    folder = run(update, stop_after="core")
+    noted = Steps(folder).read("cores/sums.safetensors")["settings"]
+    assert noted == {"percent": 10.0, "scope": "global", "exclude": []}  # as before there was a choice
+    expected = {}
+    for task in tree["tasks"]:
+        expected[f"probes/{task}"] = "it has no importance.safetensors"
+        expected[f"scores/probes/{task}"] = f"after probes/{task}"
+        expected[f"cores/{task}.safetensors"] = "importance changed"
+    assert Run(second).stale() == expected
+    for start in (run, lambda recipe: probe(recipe, "sums")):
+        with pytest.raises(CpiftError, match=r"probes/sums \(it has no importance.safetensors\).*add --redo"):
+            start(second)
+    run(second, stop_after="core", redo=True)
+    assert Run(second).stale() == {}
+    assert Run(update).stale() == {f"cores/{task}.safetensors": "importance changed" for task in tree["tasks"]}
+    (folder / "probes" / "sums" / "importance.safetensors").unlink()
+    assert Run(second).stale()["probes/sums"] == "importance.safetensors is gone"
+
+
+def test_a_probe_that_was_cut_off_goes_on_to_the_same_second_moment(tree, tmp_path, monkeypatch):
+    tree["training"] |= {"save_strategy": "steps", "save_steps": 1}
+    second = {**tree, "core": SECOND_MOMENT}
+    whole = run(parse_recipe({**second, "output": str(tmp_path / "whole")}), stop_after="probe")
+    saved = train.SFTTrainer._save_checkpoint
+
+    def cut(self, *args, **kwargs):
+        saved(self, *args, **kwargs)
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as cutting:
+        cutting.setattr(train.SFTTrainer, "_save_checkpoint", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(parse_recipe(tree), stop_after="probe")  # begun by the update: the checkpoint has all that is needed
+    folder = run(parse_recipe(second), stop_after="probe")
+    for task in tree["tasks"]:
+        one, other = (load_file(f / "probes" / task / "importance.safetensors") for f in (whole, folder))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), task
 
 
 def test_weights_of_tasks_and_start_reach_the_fusion(tree, tmp_path):

@@ -272,6 +272,37 @@ def test_tuners_that_cannot_work(tuner, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def by_second_moment(training: dict | None = None, **more) -> dict:
+    recipe = parse_recipe({**MINIMAL, "training": training or {}, "core": {"importance": "second_moment"}, **more})
+    return resolve_all(recipe, resolve_tuner(recipe))
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "adagrad", "rmsprop", "lion_32bit", "adamw_8bit", "ademamix"])
+def test_optimizers_without_a_second_moment_are_refused_where_it_is_wanted(optim):
+    resolve({"optim": optim})
+    said = f"optim {optim}: use adamw_torch, or core.importance update"
+    with pytest.raises(CpiftError, match=rf"'core.importance' is second_moment, .* of 'probe.training'.*{said}"):
+        by_second_moment({"optim": optim})
+    with pytest.raises(CpiftError, match=said):
+        by_second_moment(probe={"training": {"optim": optim}})
+    stage = {"training": {"optim": optim}}
+    by_second_moment(integration=stage, fusion=stage, baselines=stage)  # where no core is found
+    with pytest.raises(CpiftError, match=rf"of 'integration.training'.*{said}"):
+        by_second_moment(integration={**stage, "dynamic_regions": True})
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "schedule_free_adamw"])
+def test_optimizers_with_a_second_moment(optim):
+    assert setting(by_second_moment({"optim": optim})["probe"], "optim") == optim
+    by_second_moment()  # the default has one
+
+
+def test_no_second_moment_is_kept_of_weights_that_an_adapter_adds_up_to():
+    lora = {"tuner": {"peft_type": "LORA"}, "integration": {"schedule": "none"}}
+    with pytest.raises(CpiftError, match=r"LORA, whose core is that of the weights .*: set core.importance to update"):
+        by_second_moment(**lora)
+
+
 # Another value than the default for each, and such that the training can see it.
 OTHERWISE = {
     "disable_tqdm": True,

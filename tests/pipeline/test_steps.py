@@ -5,6 +5,7 @@ three. Two processes at one step, one of them killed, are real processes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -115,6 +116,21 @@ def test_settings_are_compared_as_json_gives_them_back(chain):
     assert not chain.steps.stale([step])
     settings["nested"]["set"] = [1]
     assert chain.steps.stale([step]) == {"probes/a": "nested.set changed"}
+
+
+def test_a_folder_without_what_it_must_hold_is_stale_and_to_want_less_is_no_change(done):
+    first, *others = done.all()
+    holding = dataclasses.replace(first, holds=("weights",))
+    assert not done.steps.stale([holding, *others])
+    lacking = dataclasses.replace(first, holds=("weights", "importance"))
+    assert done.steps.stale([lacking, *others]) == {
+        "probes/a": "it has no importance",
+        "cores/a.bin": "after probes/a",
+        "scores/a": "after cores/a.bin",
+    }
+    # What was put there later by someone is not of this training.
+    (done.folder / "probes" / "a" / "importance").write_text("another's")
+    assert done.steps.stale([lacking]) == {"probes/a": "it has no importance"}
 
 
 def test_a_step_that_was_made_again_makes_what_follows_stale(done):

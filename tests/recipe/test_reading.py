@@ -284,7 +284,7 @@ def test_overrides_reach_tasks_with_dots_in_their_names(tmp_path):
         ("core..percent=1", "unknown key 'core.'"),
         (".core=1", "unknown key ''"),
         ("core.percent=", "'core.percent': Input should be a valid number, got None"),
-        ("core=3", "'core': is a section with the keys percent, scope, exclude, got 3"),
+        ("core=3", "'core': is a section with the keys percent, importance, scope, exclude, got 3"),
         ("tasks.a.b.hub=x", "unknown key 'tasks.a.b'"),
     ],
 )

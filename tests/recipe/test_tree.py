@@ -77,6 +77,7 @@ KEYS = {
     f"{TASK}.files.test": Key("b.csv", (3, None), {**OWN_DATA, f"{TASK}.files.train": "x"}),
     "probe.training": Key({"max_steps": 3}, NOT_MAPPINGS),
     "core.percent": Key(0.5, (0, -1, 100.5, NAN, "x", None, True)),
+    "core.importance": Key("second_moment", ("fisher", None, 3)),
     "core.scope": Key("tensor", ("layer", None, 3)),
     "core.exclude": Key(["*embed*"], ("*embed*", [3], None)),
     "grouping.threshold": Key(0, (-0.1, 1.1, NAN, "x", None, True)),
@@ -369,7 +370,7 @@ def test_keys_that_contradict_each_other(change, message):
         ("grouping.order", 3, "'grouping.order': Input should be a valid list, got 3"),
         ("grouping.order", ["a"], "'grouping.order.0': Input should be a valid list, got 'a'"),
         ("tuner", "lora", "'tuner': is full, or a PEFT configuration {peft_type: LORA, ...}, got 'lora'"),
-        ("core", 2, "'core': is a section with the keys percent, scope, exclude, got 2"),
+        ("core", 2, "'core': is a section with the keys percent, importance, scope, exclude, got 2"),
         ("push", "foo/bar", "'push': is a section with the keys repository, private, base_model, got 'foo/bar'"),
         (f"{TASK}.hub", "x", "'tasks.a.hub': is a section with the keys name, subset, revision, train, test, got 'x'"),
         ("push.repository", "foo", "'push.repository': is not of the form user/name, got 'foo'"),
@@ -409,6 +410,7 @@ def test_several_mistakes_are_all_named():
 def test_defaults_are_the_papers():
     recipe = parse_recipe(minimal())
     assert recipe.core.percent == 1.0
+    assert recipe.core.importance == "update"
     assert recipe.grouping.threshold == 0.1
     assert recipe.grouping.order == "random"
     assert recipe.fusion.start == "multi_stage"

@@ -43,6 +43,13 @@ def test_what_differs_is_shown_and_nothing_else(report, other):
     assert found[-2:] == [["first", "2,345", "6.0 s", "500"], ["second", "3,345", "6.0 s", "500"]]
 
 
+def test_a_report_that_does_not_name_the_importance_is_of_updates(report, other):
+    other["recipe"]["core"] = {**report["recipe"]["core"], "importance": "update"}
+    assert not any("importance" in cell for row in rows(compare([report, other])) for cell in row)
+    other["recipe"]["core"]["importance"] = "second_moment"
+    assert ["core.importance", "update", "second_moment"] in rows(compare([report, other]))
+
+
 def test_equal_runs_say_so_and_equal_names_are_told_apart(report):
     text = compare([report, report, report])
     assert "the recipes are the same" in text

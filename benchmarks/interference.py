@@ -15,8 +15,8 @@ known after probing each task alone:
 - a forecast: half the first task's Fisher information times the second task's squared update, summed, which is the
   second-order rise of the first one's loss if the second one's update were added
 
-The learning rate is that of `protection.py rates`. `--table` gives Spearman's rank correlation over the pairs of tasks,
-its mean and interval over seeds.
+The learning rate is that of `protection.py rates`. `--table` gives Spearman's rank correlation over the pairs of
+tasks, its mean and interval over seeds.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ SMALL = {
 }
 REAL = {
     "pairs": [("gsm8k", "codealpaca"), ("codealpaca", "gsm8k")],
-    "length": {"steps": 60, "batch": 4},
+    "length": {"steps": 40, "batch": 8},
     "rates": {
         "full": [1e-5, 3e-5, 1e-4],
         "sgd": [0.01, 0.03, 0.1],

@@ -155,7 +155,7 @@ def _means(points: list[dict[str, Values]]) -> tuple[list[float], list[float]]:
 def _order(item: tuple[str, dict[str, Values]]) -> tuple:
     """What needs no choice first; then choices of one kind and size together, the best first."""
     label, measures = item
-    kind, by, after = label.partition(" by ")
+    kind, _, after = label.partition(" by ")
     family = f"{kind}{after.partition(',')[1:]}" if control_of(label) or " by random" in label else ""
     return family, -interval(list(measures["kept"].values())).mean
 

@@ -13,7 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evidence.importance import Recorder, fisher, measure
-from evidence.language import DEVICE, draw, load_demo, load_real, loss_of, put, score, start, train, trained, values_of
+from evidence.language import (
+    DEVICE,
+    Row,
+    Task,
+    draw,
+    load_demo,
+    load_real,
+    loss_of,
+    put,
+    score,
+    start,
+    train,
+    trained,
+    values_of,
+)
 from evidence.runs import key
 from peft_cpift import CoreRegion, find_core_region, freeze_core
 from peft_cpift.checkpoint import complete_file
@@ -84,14 +98,12 @@ def _train_first(place: Place, settings: dict[str, Any]) -> dict[str, dict[str, 
     base, tasks = place.load(settings["seed"])
     model = start(base, settings["tuner"], settings["seed"])
     before, recorder = values_of(model), Recorder(model)
-    rows = tasks[settings["first"]].train
-    drawn = draw(rows, settings["steps"] * settings["batch"], f"{settings['seed']}/{settings['first']}")
+    drawn = first_rows(tasks, settings)
     state = train(
         model,
         drawn,
+        **{name: settings[name] for name in ("rate", "optimizer")},
         batch_size=settings["batch"],
-        rate=settings["rate"],
-        optimizer=settings["optimizer"],
         before_step=recorder.before_step,
         after_step=recorder.after_step,
     ).state
@@ -101,15 +113,21 @@ def _train_first(place: Place, settings: dict[str, Any]) -> dict[str, dict[str, 
     return records
 
 
+def first_rows(tasks: dict[str, Task], settings: dict[str, Any]) -> list[Row]:
+    """The rows of the first training, in their order."""
+    count = settings["steps"] * settings["batch"]
+    return draw(tasks[settings["first"]].train, count, f"{settings['seed']}/{settings['first']}")
+
+
 def run_first(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
     """How well a task is learned alone: scores on the split that the settings name, before and after."""
-    records = first_task(place, settings)
     base, tasks = place.load(settings["seed"])
     model = start(base, settings["tuner"], settings["seed"])
-    rows = getattr(tasks[settings["first"]], settings["split"])
-    scores = {"base": score(model, rows)}
-    put(model, records["end"])
-    return scores | {"end": score(model, rows)}
+    held_out = getattr(tasks[settings["first"]], settings["split"])
+    scores = {"base": score(model, held_out)}
+    optimizer, rate, batch = (settings[name] for name in ("optimizer", "rate", "batch"))
+    train(model, first_rows(tasks, settings), batch_size=batch, rate=rate, optimizer=optimizer)
+    return scores | {"end": score(model, held_out)}
 
 
 def run_sequence(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
@@ -134,11 +152,6 @@ def run_sequence(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
     put(model, records["end"])
 
     protect = settings["protect"]
-    first_rows = draw(
-        tasks[settings["first"]].train,
-        settings["steps"] * settings["batch"],
-        f"{settings['seed']}/{settings['first']}",
-    )
     drawn = draw(
         tasks[settings["second"]].train,
         settings["steps"] * settings["batch"],
@@ -156,10 +169,14 @@ def run_sequence(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
         arguments["penalty"] = _elastic(model, records, protect)
     elif protect["kind"] == "project":
         put(model, records["end"])
-        arguments["before_step"], arguments["after_step"] = _projection(model, first_rows, protect["gradients"])
+        arguments["before_step"], arguments["after_step"] = _projection(
+            model, first_rows(tasks, settings), protect["gradients"]
+        )
     elif protect["kind"] == "replay":
         count = round(protect["share"] * len(drawn))
-        drawn = draw([*drawn[count:], *draw(first_rows, count, settings["seed"])], len(drawn), settings["seed"])
+        drawn = draw(
+            [*drawn[count:], *draw(first_rows(tasks, settings), count, settings["seed"])], len(drawn), settings["seed"]
+        )
     elif protect["kind"] != "none":
         raise ValueError(f"unknown protection {protect['kind']}")
     train(

@@ -58,7 +58,7 @@ REAL = {
     "pairs": [("gsm8k", "codealpaca"), ("codealpaca", "gsm8k")],
     "length": {"steps": 40, "batch": 8},
     "rates": {
-        "full": [1e-5, 3e-5, 1e-4],
+        "full": [3e-6, 1e-5, 3e-5, 1e-4],
         "sgd": [0.01, 0.03, 0.1],
         "lora": [1e-4, 3e-4, 1e-3],
         "propulsion": [3e-4, 1e-3, 3e-3],
@@ -95,7 +95,8 @@ PLAN: dict[str, dict[str, Any]] = {
     "propulsion": {"way": "propulsion", "protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY)]},
     "lora": {"way": "lora", "protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY)]},
     "longer": {"longer": 4, "protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY[:4])]},
-    "gentler": {"gentler": 3, "protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY[:4])]},
+    "gentler": {"times": 1 / 3, "protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY[:4])]},
+    "severe": {"times": 10, "protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY[:4])]},
 }
 
 
@@ -133,7 +134,7 @@ def grid_runs(place: Place, parts: list[str], seeds: range) -> Iterator[dict[str
     for part in parts:
         plan = PLAN[part]
         way = plan.get("way", "full")
-        rate = best_rates(place, [way])[way] / plan.get("gentler", 1)
+        rate = best_rates(place, [way])[way] * plan.get("times", 1)
         length = {**scale["length"], "steps": scale["length"]["steps"] * plan.get("longer", 1)}
         for seed in seeds:
             for first, second in scale["pairs"]:

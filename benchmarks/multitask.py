@@ -53,7 +53,7 @@ from peft_cpift.recipe.tree import Recipe
 RESULTS = Path(__file__).parent / "results" / "multitask"
 TUNING_SEED = 1000
 VALIDATION_ROWS = 200
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # times the recipe's own
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # times the recipe's own
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 DENSITIES = (0.1, 0.2, 0.5, 1.0)
 REPLAYED = 0.2

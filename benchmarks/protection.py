@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evidence.protection_tables import collect, plot, table
+from evidence.protection_tables import EXPLAINED, collect, plot, table
 from evidence.runs import compute, load
 from evidence.sequence import Place, run_first, run_sequence
 
@@ -155,7 +155,7 @@ def write_tables(name: str) -> None:
         figure = f"{name}-{re.sub('[^a-z0-9]+', '-', way.lower())}.png"
         plot(protections, RESULTS / figure, f"{name}: {way}")
         parts.append(f"## {way}\n\n{table(protections)}\n![kept against learned]({figure})\n")
-    text = f"# What protects a first task: {name}\n\n" + "\n".join(parts)
+    text = f"# What protects a first task: {name}\n\n{EXPLAINED}\n" + "\n".join(parts)
     with complete_file(RESULTS / f"{name}.md") as partial_file:
         partial_file.write_text(text, encoding="utf-8")
 

@@ -1,13 +1,4 @@
-"""Tables and a figure of what protects a first task, from the runs of `protection.py`.
-
-Two numbers say how a protected sequence ended, both as shares of what training on the task alone gains in loss:
-
-- kept: 1 if the first task's loss is what it was before the second training, 0 if it is that of the base model; below
-  0 where it is even worse
-- learned: 1 if the second task's loss is as low as with nothing protected, 0 if it stays where it was
-
-A way to protect is worth its name if it keeps more than another that lets as much be learned.
-"""
+"""Tables and a figure of what protects a first task, from the runs of `protection.py`."""
 
 from __future__ import annotations
 
@@ -19,6 +10,21 @@ from typing import Any
 from evidence.intervals import Interval, difference, interval
 from evidence.runs import key
 
+EXPLAINED = """\
+A model is trained on one task, then on another while something protects the first. Two numbers say how that ended,
+both as shares of what training gains in held-out loss:
+
+- kept: 1 if the first task's loss is what it was before the second training, 0 if it is that of the base model, below
+  0 if it is worse than that
+- learned: 1 if the second task's loss is as low as with nothing protected, 0 if it stays where it was
+
+A way to protect is worth its name if it keeps more than another that lets as much be learned. "Stopped" stands for the
+weights part of the way from before the second training to after it, a line that costs nothing and chooses nothing.
+Each number is a mean over the pairs of tasks and then over seeds, ± its 95% confidence interval over seeds; "more than
+random" is the difference from a random choice of as many coordinates, formed within each seed, bold where the interval
+leaves out 0. The last two columns say how much of the first task's squared update, and of its Fisher information, the
+chosen coordinates hold.
+"""
 Values = dict[int, float]
 """A number for each seed, the mean over the pairs of tasks."""
 

@@ -65,8 +65,9 @@ REAL = {
         "propulsion": [3e-4, 1e-3, 3e-3],
     },
     "seeds": 3,
-    "skip": {"sizes", "units", "scope", "project", "longer", "gentler"},  # for want of time
+    "skip": {"whose", "sizes", "units", "scope", "project", "longer", "gentler"},  # for want of time
 }
+THIRD = dict(SMALL["pairs"])  # a task beside each pair: the one that follows the second
 LIKELY = ("random", "update", "second_moment", "fisher", "path")
 SGD_LIKELY = ("random", "update", "squared_gradient", "fisher", "path")  # SGD has no second moment
 OTHERS = ("squared_gradient", "put_back", "relative", "consistency", "magnitude", "least_update")
@@ -86,6 +87,13 @@ COSTS = [
 PLAN: dict[str, dict[str, Any]] = {
     "likely": {"protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY)]},
     "slower": {"slower": [3, 10], "protect": [NONE]},
+    "whose": {
+        "protect": [
+            {**freeze("second_moment", percent), **which}
+            for percent in (1, 10)
+            for which in ({"of": "second"}, {"of": "third"}, {"anywhere": True})
+        ]
+    },
     "others": {"protect": [freeze(by, p) for p in (1, 10) for by in OTHERS]},
     "costs": {"protect": COSTS},
     "restore": {"protect": [{**freeze(by, p), "kind": "restore"} for p in (1, 10) for by in LIKELY[:4]]},
@@ -142,6 +150,8 @@ def grid_runs(place: Place, parts: list[str], seeds: range) -> Iterator[dict[str
             for first, second in scale["pairs"]:
                 for slower in plan.get("slower", [1]):
                     for protect in plan["protect"]:
+                        if "of" in protect:
+                            protect = {**protect, "of": second if protect["of"] == "second" else THIRD[second]}
                         yield {
                             **{"model": place.name, "first": first, "second": second, "seed": seed, "split": "test"},
                             **{**WAYS[way], **length, "rate": rate, "second_rate": rate / slower, "protect": protect},

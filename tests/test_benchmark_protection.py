@@ -136,6 +136,19 @@ def test_measures_are_what_they_are_called(records):
     assert measure("least_update", name, records, 0).argmax() == measure("update", name, records, 0).argmin()
 
 
+def test_a_choice_gives_way_to_as_many_anywhere_in_each_tensor(records):
+    protect = {"by": "second_moment", "percent": 2}
+    chosen, anywhere = (choose(records, protect | more, 0) for more in ({}, {"anywhere": True}))
+    assert {n: len(i.unique()) for n, i in anywhere.indices.items()} == {n: len(i) for n, i in chosen.indices.items()}
+    assert any(not torch.equal(anywhere.indices[name].long(), i.long()) for name, i in chosen.indices.items())
+
+
+def test_another_tasks_choice_is_frozen(place):
+    protect = {"kind": "freeze", "by": "second_moment", "percent": 10}
+    own, others = (run_sequence(place, SETTINGS | {"protect": protect | more}) for more in ({}, {"of": "compare"}))
+    assert own["held_fisher"] > others["held_fisher"]
+
+
 def test_rows_are_frozen_as_one(records):
     region = choose(records, {"by": "fisher", "percent": 10, "unit": "row"}, 0)
     name = max(region.indices, key=lambda name: len(region.indices[name]))
@@ -229,6 +242,7 @@ def test_a_table_of_invented_runs():
 def test_controls_are_of_the_same_kind():
     assert control_of("freeze 10% by fisher, by rows") == "freeze 10% by random, by rows"
     assert control_of("restore 1% by update") == "restore 1% by random"
+    assert control_of("freeze 10% by fisher, of a third task") == "freeze 10% by random"
     assert control_of("freeze 10% by random") is None
     assert control_of("elastic pull by Fisher information (EWC), 0.1") is None
 

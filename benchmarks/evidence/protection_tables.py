@@ -43,6 +43,10 @@ def label_of(settings: dict[str, Any]) -> str:
         unit = protect.get("unit", "entry")
         unit = "" if unit == "entry" else f", by {unit}s"
         scope = ", of each tensor" if protect.get("scope") == "tensor" else ""
+        if "of" in protect:
+            scope += ", of the second task" if protect["of"] == settings["second"] else ", of a third task"
+        if protect.get("anywhere"):
+            scope += ", as many anywhere in each tensor"
         return f"{kind} {protect['percent']:g}% by {protect['by']}{unit}{scope}"
     if kind == "none":
         slower = settings["rate"] / settings["second_rate"]
@@ -106,6 +110,8 @@ def control_of(label: str) -> str | None:
     if not by or not before.startswith(("freeze", "restore")):
         return None
     measure, comma, rest = after.partition(",")
+    if rest.startswith((" of the second", " of a third", " as many")):
+        comma = rest = ""
     return None if measure == "random" else f"{before} by random{comma}{rest}"
 
 

@@ -68,7 +68,7 @@ def first_task(place: Place, settings: dict[str, Any]) -> dict[str, dict[str, Te
     return _first_task(place, key({name: settings[name] for name in FIRST_KEYS}))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _first_task(place: Place, wanted: str) -> dict[str, dict[str, Tensor]]:
     settings = json.loads(wanted)
     place.cache.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,8 @@ def run_sequence(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
 
     - `none`: not at all; the result also has `blend`, scores part of the way from the first end to the second
     - `freeze`: the `percent` of all coordinates that matter most `by` a measure are frozen; `unit` is `entry`, or
-      `row`, `column` or `tensor`, whose entries share their mean; `scope` as in `find_core_region`
+      `row`, `column` or `tensor`, whose entries share their mean; `scope` as in `find_core_region`; `of` names
+      another task whose measure it is; with `anywhere` each tensor's choice gives way to as many random entries of it
     - `restore`: the same coordinates are put back after the training, which is free
     - `ewc`, `l2`: elastic pull with a `strength`, weighted by Fisher information (of mean 1), or alike for all
     - `project`: steps are freed of their part along so many `gradients` of the first task
@@ -161,7 +162,8 @@ def run_sequence(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     region = None
     if protect["kind"] in ("freeze", "restore"):
-        region = choose(records, protect, settings["seed"])
+        whose = first_task(place, {**settings, "first": protect["of"]}) if "of" in protect else records
+        region = choose(whose, protect, settings["seed"])
         result |= held_shares(region, records)
         if protect["kind"] == "freeze":
             arguments["around"] = lambda optimizer: freeze_core(model, optimizer, region)
@@ -224,8 +226,16 @@ def choose(records: dict[str, dict[str, Tensor]], protect: dict[str, Any], seed:
         if shared and (value.ndim > 1 or protect["unit"] == "tensor"):
             value = value.mean(shared, keepdim=True).expand_as(value).contiguous()
         values[name] = value
-    zeros = {name: torch.zeros_like(value) for name, value in values.items()}
-    return find_core_region(values, zeros, percent=protect["percent"], scope=protect.get("scope", "global"))
+    region = find_core_region(
+        values, importance=values, percent=protect["percent"], scope=protect.get("scope", "global")
+    )
+    if not protect.get("anywhere"):
+        return region
+    indices = {}
+    for name, chosen in region.indices.items():
+        lottery = measure("random", name, records, seed).flatten()
+        indices[name] = lottery.topk(len(chosen)).indices.sort().values.cpu()
+    return CoreRegion(indices, region.shapes)
 
 
 def held_shares(region: CoreRegion, records: dict[str, dict[str, Tensor]]) -> dict[str, float]:

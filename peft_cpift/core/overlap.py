@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_cpift.core.region import CoreRegion, check_same_shapes, load_regions
-from peft_cpift.errors import CpiftError
+from peft_cpift.errors import CpiftError, MismatchWarning
 
 RANGE = 1 << 22
 """Coordinates compared together: a mask of so many bytes stays in a processor's cache."""
@@ -179,7 +180,19 @@ def connected_tasks(tasks: list[str], matrix: list[list[float]], threshold: floa
 
 
 def check_comparable(regions: Iterable[CoreRegion]) -> None:
-    """Raise CpiftError if two regions have no tensor in common, or one with different shapes."""
+    """Raise CpiftError if two regions have no tensor in common, or one with different shapes.
+
+    Warns: MismatchWarning if they were chosen by different measures, whose overlap says nothing of the tasks.
+    """
+    regions = list(regions)
+    measures = sorted({region.importance for region in regions if region.importance is not None})
+    if len(measures) > 1:
+        warnings.warn(
+            f"these core regions were chosen by different measures ({', '.join(measures)}), so that their overlap "
+            "says nothing of the tasks: find all by one",
+            MismatchWarning,
+            stacklevel=3,
+        )
     for a, b in itertools.combinations(regions, 2):
         check_same_shapes(a, b)
         if a.shapes and b.shapes and a.shapes.keys().isdisjoint(b.shapes):

@@ -7,6 +7,7 @@ files.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from peft_cpift import CoreRegion, CpiftError, group_tasks, jaccard_index, jaccard_matrix
 from peft_cpift.core import measure_overlap, overlap
 from peft_cpift.core.indices import Indices
+from peft_cpift.errors import MismatchWarning
 
 SHAPES = {"a": (2, 3), "b": (), "c": (4,)}
 COORDINATES = [("a", i) for i in range(6)] + [("b", 0)] + [("c", i) for i in range(4)]
@@ -171,6 +173,18 @@ def test_layers():
         "10": ["model.layers.10.q"],
         "other": ["model.embed", "norm"],
     }
+
+
+def test_overlap_of_regions_by_different_measures_is_warned_of():
+    by_update, by_moment = (
+        CoreRegion({"w": torch.tensor([0])}, {"w": (2,)}, importance=measure)
+        for measure in ("update", "second_moment")
+    )
+    with pytest.warns(MismatchWarning, match=r"different measures \(second_moment, update\)"):
+        measure_overlap({"a": by_update, "b": by_moment})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure_overlap({"a": by_moment, "b": by_moment})
 
 
 def test_regions_of_different_models_are_refused_wherever_they_stand():

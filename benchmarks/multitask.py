@@ -56,6 +56,8 @@ VALIDATION_ROWS = 200
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # times the recipe's own
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 DENSITIES = (0.1, 0.2, 0.5, 1.0)
+PERCENTS = (1.0, 3.0, 10.0, 30.0)
+FREEZING = {"freeze_update": "update", "freeze_moment": "second_moment"}
 REPLAYED = 0.2
 
 SECOND_MOMENT = "core.importance=second_moment"
@@ -258,7 +260,10 @@ def method(study: Study, name: str, chosen: dict[str, Any]) -> Settings:
     made = cell(name, "method", chosen["cpift"]) | {"baseline_rate": own["rate"]}
     if name in PEERS:
         strength = own["strength"] if name == "ewc" else 0.0
-        return made | {"peer": {"share": REPLAYED if name == "replay" else 0.0, "strength": strength}}
+        peer = {"share": REPLAYED if name == "replay" else 0.0, "strength": strength}
+        if name in FREEZING:
+            peer["freeze"] = {"by": FREEZING[name], "percent": own["percent"]}
+        return made | {"peer": peer}
     value = {"multi_task": "true", "random_stages": "3", "heuristic_stages": json.dumps(study.heuristic)}[name]
     return made | {"keys": [f"baselines.{name}={value}"]}
 
@@ -405,6 +410,8 @@ def best(study: Study, identity: str, name: str, score) -> dict[str, float]:
         grids, found = {"rate": RATES, "integration": RATES}, {"rate": 1.0, "integration": 1.0}
     elif name == "ewc":
         grids, found = {"strength": STRENGTHS, "rate": RATES}, {"rate": 1.0, "strength": 0.1}
+    elif name in FREEZING:
+        grids, found = {"percent": PERCENTS, "rate": RATES}, {"rate": 1.0, "percent": 10.0}
     elif name in MERGES and name != "linear":  # which keeps everything
         grids, found = {"rate": RATES, "density": DENSITIES}, {"rate": 1.0, "density": 0.2}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -18,12 +19,12 @@ from evidence.continual import Elastic, fisher, train_chain, with_replay
 from evidence.multitask_tables import of_methods, write_page
 from evidence.remembering import digest_weights, run_remembering, summarise
 
-from peft_cpift import demo
+from peft_cpift import CoreRegion, demo
 
 CHOSEN = {
     "cpift": {"rate": 1.0, "integration": 1.0},
     **{key: {"rate": 1.0, "density": 0.2} for key in (*multitask.STAGED, *multitask.MERGES)},
-    **{key: {"rate": 1.0, "strength": 0.1} for key in multitask.PEERS},
+    **{key: {"rate": 1.0, "strength": 0.1, "percent": 10.0} for key in multitask.PEERS},
 }
 DEMO = multitask.STUDIES["demo"]
 
@@ -123,6 +124,22 @@ def test_what_is_remembered_is_what_is_trained(place, tmp_path):
         done = train_chain(plain, ["sort", "reverse"], {"share": share, "strength": strength}, tokens, folder)
         assert done["tokens"] == pytest.approx(tokens, rel=0.2)  # whole steps of eight rows
         assert (done["path"] / "model.safetensors").is_file()
+
+    for by in ("update", "second_moment"):
+        folder, freeze = tmp_path / f"peer-{by}", {"by": by, "percent": 10.0}
+        peer = {"share": 0.0, "strength": 0.0, "freeze": freeze}
+        done = train_chain(plain, ["sort", "reverse"], peer, tokens, folder)
+        region = CoreRegion.load(folder / "sort.core")
+        assert len(region) == region.total // 10
+        assert (region.importance or "update") == by
+        before, after = (load_file(folder / task / "model.safetensors") for task in ("sort", "reverse"))
+        held = moved = 0
+        for name, weight in before.items():
+            same = weight.flatten() == after[name].flatten()
+            held += int(same[region.indices[name].long()].sum()) if name in region.indices else 0
+            moved += int((~same).sum())
+        assert held == len(region)
+        assert moved > 0.8 * region.total
 
 
 def test_climbing_stops_at_the_top_and_at_the_edge():

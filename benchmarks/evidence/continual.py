@@ -8,6 +8,8 @@ many tokens as they are given epochs for.
 - ewc: elastic weight consolidation (Kirkpatrick et al., 2017), a quadratic pull to where each earlier task ended,
   weighted by that task's diagonal Fisher information. The information is the empirical one, mean squared gradients of
   single rows, and is scaled to a mean of 1 for each task: so the strength means the same for all models and tasks.
+- freeze_update, freeze_moment: after every stage its core region, found by how far it moved coordinates or by the
+  optimizer's second moment, is frozen for good. This is what anyone can do with our two callbacks, without probes.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
+from peft_cpift import find_core_region
 from peft_cpift.data import tasks as rows
 from peft_cpift.evaluation.likelihood import completion_losses
+from peft_cpift.importance.callback import FILE as IMPORTANCE
 from peft_cpift.pipeline.engine import KeepsDtypes
 from peft_cpift.pipeline.models import load_model, save_model
 from peft_cpift.pipeline.run import Run
@@ -108,7 +112,8 @@ def train_chain(run: Run, order: Sequence[str], peer: Mapping[str, Any], tokens:
 
     Args:
         run: its recipe, data and settings of the baselines, and its folder with the start.
-        peer: `share` of replayed rows, 0 for none, and the pull's `strength`, 0 for none.
+        peer: `share` of replayed rows, 0 for none, the pull's `strength`, 0 for none, and `freeze`, if at all: which
+            cores `by` (an importance of `find_core_region`) and how many `percent`.
         folder: an empty one; what the last task leaves is in `<the last task>`.
 
     Returns:
@@ -121,7 +126,7 @@ def train_chain(run: Run, order: Sequence[str], peer: Mapping[str, Any], tokens:
     ]
     planned = sum(sum(rows.training_lengths(stage, run.tokenizer, limit)) for stage in stages)
     fields = run.settings["baselines"] | {"max_steps": -1, "num_train_epochs": tokens / planned}
-    elastic = Elastic(peer["strength"])
+    elastic, freeze, frozen = Elastic(peer["strength"]), peer.get("freeze"), []
     start, total = run.folder / "start", {"tokens": 0, "seconds": 0.0, "steps": 0}
     for number, (task, stage) in enumerate(zip(order, stages, strict=True)):
         output = folder / task
@@ -130,7 +135,14 @@ def train_chain(run: Run, order: Sequence[str], peer: Mapping[str, Any], tokens:
         if peer["strength"] and number:
             done = _train_elastic(run, start, stage, fields, output, work, elastic)
         else:
-            training = train(run.recipe, run.tokenizer, start, stage, fields, output, work)
+            moment = output / IMPORTANCE if freeze and freeze["by"] == "second_moment" else None
+            training = train(
+                run.recipe, run.tokenizer, start, stage, fields, output, work, frozen=frozen, importance=moment
+            )
+            if freeze and task != order[-1]:
+                region = find_core_region(output, start, importance=moment, percent=freeze["percent"])
+                frozen.append(folder / f"{task}.core")
+                region.save(frozen[-1])
             done = {key: getattr(training, key) for key in total}
         total = {key: total[key] + done[key] for key in total}
         if peer["strength"] and task != order[-1]:

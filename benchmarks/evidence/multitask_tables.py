@@ -16,7 +16,7 @@ from evidence.runs import load
 from peft_cpift.checkpoint import complete_file
 
 STAGED = ("multi_task", "random_stages", "heuristic_stages")
-PEERS = ("sequence", "replay", "ewc")
+PEERS = ("sequence", "replay", "ewc", "freeze_update", "freeze_moment")
 MERGES = ("linear", "ties", "dare_linear", "dare_ties")
 NAMES = {
     "multi_task": "multi-task",
@@ -35,6 +35,8 @@ TITLES = {
     "sequence": "task after task",
     "replay": "task after task, 20% replay",
     "ewc": "task after task, EWC",
+    "freeze_update": "task after task, cores by update frozen",
+    "freeze_moment": "task after task, cores by second moment frozen",
     "base": "before training",
     "own probes": "each task's own probe (five models)",
 }
@@ -244,6 +246,8 @@ def _tuning_table(runs: Sequence[Run]) -> list[str]:
             values = f"rate {settings.get('baseline_rate', rates['rate']):g}"
         values += f", strength {settings['peer']['strength']:g}" if settings["name"] == "ewc" else ""
         density = next((text for text in settings["keys"] if text.startswith("baselines.density=")), None)
+        freeze = settings.get("peer", {}).get("freeze")
+        values += f", {freeze['percent']:g}%" if freeze else ""
         values += f", density {density.partition('=')[2]}" if density else ""
         average = -1.0 if "diverged" in result else result["models"][result["methods"][name]["model"]]["average"]
         tried[name].append((values, average))

@@ -22,7 +22,7 @@ BELOW = {
     "importance": {"isolation", "checkpoint", "core", "errors"},
     "propulsion": {"errors"},
     "report": {"checkpoint", "errors"},
-    "hub": {"report", "checkpoint", "errors"},
+    "hub": {"report", "core", "checkpoint", "errors"},
     "demo": set(),
     "recipe": {"errors"},
     "data": {"recipe", "errors"},

@@ -12,6 +12,8 @@ from peft_cpift.checkpoint.reader import Source, TensorFile
 from peft_cpift.checkpoint.tensors import InMemory, Tensors
 from peft_cpift.errors import CpiftError
 
+FILE = "importance.safetensors"
+"""The file's name by default."""
 FORMAT = "peft_cpift.importance"
 FORMAT_VERSION = 1
 UPDATE, SECOND_MOMENT, GIVEN = "update", "second_moment", "given"
@@ -36,7 +38,8 @@ class Importance:
                 if name in tuned and tuned.dtypes[name].is_floating_point and name not in self.untrained:
                     raise CpiftError(
                         f"tensor '{name}' of {tuned.label} is missing in {ours.label}: give that of the same "
-                        "training, or exclude it"
+                        "training, or exclude it (models that transformers saves under other names, Mixtral and LLaVA "
+                        "for two, are not supported)"
                     )
             elif name not in tuned:
                 raise CpiftError(

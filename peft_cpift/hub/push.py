@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from peft_cpift.checkpoint.reader import ADAPTER_CONFIG, Checkpoint
+from peft_cpift.core.importance import FILE as IMPORTANCE
 from peft_cpift.errors import CpiftError
 from peft_cpift.hub.card import Subject, model_card
 from peft_cpift.report.page import read_report
@@ -26,8 +27,6 @@ CARD = "README.md"
 PICTURE = "report/report.png"
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 """Suffixes of files that run code when they are read, such as the Trainer's `training_args.bin`: never uploaded."""
-IMPORTANCE = "importance.safetensors"
-"""What a core was found by, half the size of the model and of no use to who loads it: not uploaded either."""
 REPLACED = (
     "adapter_config.json",
     "adapter_model.safetensors",

@@ -8,11 +8,9 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
-from peft_cpift.importance.moment import check_second_moment, save_importance
+from peft_cpift.core.importance import FILE
+from peft_cpift.importance.moment import check_place, check_second_moment, save_importance
 from peft_cpift.isolation.callback import check_engine
-
-FILE = "importance.safetensors"
-"""The file's name by default."""
 
 
 class ImportanceCallback(TrainerCallback):
@@ -31,14 +29,20 @@ class ImportanceCallback(TrainerCallback):
         file: the file to write; by default `importance.safetensors` in the Trainer's `output_dir`.
 
     Raises:
-        CpiftError: at the start of training, if the engine is one that `CoreIsolationCallback` refuses; after the
-            first optimizer step, if the optimizer keeps no second moment of each coordinate.
+        CpiftError: at the start of training, if the engine is one that `CoreIsolationCallback` refuses, or if the file
+            cannot be written; after the first optimizer step, if the optimizer keeps no second moment that
+            `save_importance` takes.
+
+    Warns:
+        UserWarning: after the first optimizer step, if the moment is in half precision; see `save_importance`.
 
     Source: ours.
 
     Example:
-        SFTTrainer(model, args, train_dataset=maths, callbacks=[ImportanceCallback()]).train()
-        core = find_core_region("maths/checkpoint-100", importance="maths/importance.safetensors")
+        trainer = SFTTrainer(model, args, train_dataset=maths, callbacks=[ImportanceCallback()])
+        trainer.train()
+        trainer.save_model("maths")  # args.output_dir is "maths"
+        core = find_core_region("maths", importance="maths/importance.safetensors")
     """
 
     def __init__(self, file: str | os.PathLike | None = None):
@@ -46,8 +50,9 @@ class ImportanceCallback(TrainerCallback):
         self._checked = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Refuse engines that are not supported."""
+        """Refuse engines that are not supported, and places where no file can be."""
         check_engine(AcceleratorState())
+        check_place(self._place(args), args.device)
         self._checked = False
 
     def on_step_end(self, args, state, control, *, model, optimizer, **kwargs):
@@ -58,4 +63,7 @@ class ImportanceCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, *, model, optimizer, **kwargs):
         """Write the file; all processes come by."""
-        save_importance(model, optimizer, Path(args.output_dir, FILE) if self.file is None else self.file)
+        save_importance(model, optimizer, self._place(args))
+
+    def _place(self, args) -> Path:
+        return Path(args.output_dir, FILE) if self.file is None else Path(self.file)

@@ -21,8 +21,14 @@ def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: tensor for name, tensor in saved_tensors(model).items() if isinstance(tensor, nn.Parameter)}
 
 
-def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The same, and the model's buffers by the names that these have where they are saved; see `saved_parameters`."""
+def saved_tensors(model: nn.Module, *, embeddings: bool = False) -> dict[str, Tensor]:
+    """The same, and the model's buffers by the names that these have where they are saved; see `saved_parameters`.
+
+    Args:
+        model: as for `saved_parameters`.
+        embeddings: whether those are to be there that PEFT saves with an adapter although they are not trained, as it
+            does of a vocabulary that was resized.
+    """
     from accelerate.utils import extract_model_from_parallel  # deferred: only needed once a model is at hand
 
     wrapped = None
@@ -47,7 +53,7 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
         model,
         state_dict=live,
         adapter_name=model.active_adapter,
-        save_embedding_layers=False,
+        save_embedding_layers=embeddings,
     )
     return {_saved_name(name): tensor for name, tensor in named.items()}
 

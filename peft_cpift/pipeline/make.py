@@ -19,6 +19,7 @@ from peft_cpift.baselines import merge_baseline
 from peft_cpift.checkpoint import complete_folder
 from peft_cpift.checkpoint.writer import remove, write_json
 from peft_cpift.core import CoreRegion, find_core_region, group_tasks, jaccard_matrix, measured_helps, order_groups
+from peft_cpift.core.importance import FILE as IMPORTANCE
 from peft_cpift.core.order import circles
 from peft_cpift.data import tasks as rows
 from peft_cpift.data.tasks import TaskData
@@ -26,7 +27,6 @@ from peft_cpift.errors import MismatchWarning, NoEffectWarning
 from peft_cpift.evaluation.evaluate import check_lengths, evaluate, measure_losses, normalised_average
 from peft_cpift.evaluation.harness import score_harness
 from peft_cpift.fusion import fuse
-from peft_cpift.importance.callback import FILE as IMPORTANCE
 from peft_cpift.pipeline import plan
 from peft_cpift.pipeline.engine import engine
 from peft_cpift.pipeline.gather import gather

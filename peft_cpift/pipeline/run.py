@@ -30,13 +30,13 @@ from huggingface_hub import get_token
 
 from peft_cpift.checkpoint import Checkpoint, complete_file
 from peft_cpift.checkpoint.writer import remove_leftovers
+from peft_cpift.core.importance import FILE as IMPORTANCE
 from peft_cpift.core.search import CoreSearch
 from peft_cpift.data import tasks as rows
 from peft_cpift.errors import CpiftError
 from peft_cpift.evaluation.evaluate import check_metrics
 from peft_cpift.evaluation.harness import check_harness
 from peft_cpift.fusion.inputs import open_merged, open_own
-from peft_cpift.importance.callback import FILE as IMPORTANCE
 from peft_cpift.pipeline import plan
 from peft_cpift.pipeline.failures import explained
 from peft_cpift.pipeline.make import Maker

@@ -101,7 +101,7 @@ PROPULSION_LEARNING_RATE = 1e-3
 STAGES = ("probe", "multi_stage", "integration", "baselines")
 # Of the names that `optim` may have, those whose optimizers keep `exp_avg_sq` whole and unquantized.
 WITH_SECOND_MOMENT = {
-    *("adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_anyprecision"),
+    *("adamw_torch", "adamw_torch_fused", "adamw_apex_fused"),  # and not adamw_anyprecision: its own is in bfloat16
     *("schedule_free_adamw", "schedule_free_radam"),
 }
 
@@ -236,7 +236,7 @@ def _check_optimizer(optim: str, stage: str) -> None:
     name = str(getattr(optim, "value", optim))
     if name not in WITH_SECOND_MOMENT:
         raise CpiftError(
-            f"'core.importance' is second_moment, which the optimizer of '{stage}.training' does not keep, optim "
+            f"'core.importance' is second_moment, which cannot be had from the optimizer of stage '{stage}', optim "
             f"{name}: use adamw_torch, or core.importance update"
         )
 

@@ -16,6 +16,10 @@ def section(report: dict[str, Any]) -> Section:
         "Groups in the order trained: " + ", then ".join(" + ".join(group) for group in report["groups"]) + ".",
         _overlap(report),
     ]
+    if report["recipe"]["core"].get("importance") == "second_moment":  # of which earlier reports say nothing
+        blocks.insert(
+            0, "A core is what had the largest gradients, by the optimizer's second moment, not what moved most."
+        )
     if report["transfer"]:
         tasks = list(report["cores"])
         rows = [[helper, *(signed(gains.get(task)) for task in tasks)] for helper, gains in report["transfer"].items()]

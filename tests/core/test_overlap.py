@@ -185,6 +185,7 @@ def test_overlap_of_regions_by_different_measures_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         measure_overlap({"a": by_moment, "b": by_moment})
+        measure_overlap({"a": by_moment, "b": by_moment | by_update})  # of a union none is known
 
 
 def test_regions_of_different_models_are_refused_wherever_they_stand():

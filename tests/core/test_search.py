@@ -900,7 +900,8 @@ def test_the_memory_does_not_grow_with_the_number_of_tensors(tmp_path, scope):
 def importance_file(file: Path, tensors: Tensors, untrained: list | dict = (), **metadata: str) -> Path:
     """What `save_importance` writes, by hand."""
     told = {"format": "peft_cpift.importance", "version": "1", "measure": "second_moment", "beta2": "[0.9]"}
-    save_file(tensors, file, {**told, "optimizer": "AdamW", "untrained": json.dumps(untrained), **metadata})
+    told |= {"optimizer": "AdamW", "untrained": None if untrained is None else json.dumps(untrained), **metadata}
+    save_file(tensors, file, {name: value for name, value in told.items() if value is not None})
     return file
 
 
@@ -1025,6 +1026,7 @@ RATED = {"a": torch.ones(2, 2), "b": torch.ones(3)}
             {"a": torch.ones(4)},
             r"tensor 'a' has shape \[4\] in .* and \[2, 2\] in .*: give that of the same",
         ),
+        ({"a": torch.ones(1, 4)}, r"tensor 'a' has shape \[1, 4\] in .* and \[2, 2\] in"),
         ({"a": torch.ones(2, 2, dtype=torch.int32)}, "tensor 'a' in .* is torch.int32: importance is in floats"),
         ({"b": torch.tensor([1.0, -1e-30, 2.0])}, "tensor 'b' has a negative value in .*: importance is 0 or more"),
         (
@@ -1042,6 +1044,11 @@ def test_importance_that_does_not_fit_is_named(change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_integers_need_no_importance():
+    tuned = RATED | {"steps": torch.arange(3)}
+    assert find_core_region(tuned, importance=RATED, percent=50).indices.keys() <= RATED.keys()
+
+
 def test_importance_is_not_for_what_adapters_add_to_weights(tmp_path):
     with pytest.raises(CpiftError, match=r"importance is of an adapter's own tensors.*: find the core with"):
         find_core_region(tmp_path, importance=tmp_path / "i.safetensors", coordinates="delta")
@@ -1055,6 +1062,7 @@ def test_importance_is_not_for_what_adapters_add_to_weights(tmp_path):
         ({"measure": "fisher"}, "has version '1' of the importance format and measure 'fisher', which"),
         ({"untrained": {"a": 1}}, "is damaged: its 'untrained' is no list of names"),
         ({"untrained": [3]}, "is damaged: its 'untrained' is no list of names"),
+        ({"untrained": None}, "is damaged: 'untrained'"),
     ],
 )
 def test_importance_files_of_another_kind(tmp_path, metadata, message):

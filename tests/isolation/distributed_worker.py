@@ -346,7 +346,9 @@ def run_loop(scenario: dict, folder: Path) -> dict:
         for micro_batches in inputs[plan["free_steps"] :]:
             train(micro_batches)
             result["masked"].append(frozen.masked_grad_norm())
-    save_importance(model, held, folder / scenario["name"] / "importance.safetensors")
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0  # with Adam's kind, a second moment is refused
+    save_importance(model, held, folder / scenario.get("importance", f"{scenario['name']}/importance.safetensors"))
     return result | collect(getattr(model, "module", model), held)
 
 

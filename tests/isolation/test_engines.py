@@ -290,6 +290,13 @@ def ddp(alone, setting) -> Runs:
         training("ddp-wrong-names", "full", "ddp", frozen="wrong", error=True),
         training("ddp-sgd", "full", "ddp", settings=SGD, error=True),
         training("ddp-unwritable", "full", "ddp", importance="data.json/importance.safetensors", error=True),
+        {
+            "name": "ddp-loop-unwritable",
+            "engine": "ddp",
+            "loop": True,
+            "importance": "data.json/i.safetensors",
+            "error": True,
+        },
     ]
     return launch(setting.folder, 2, scenarios)
 
@@ -672,8 +679,12 @@ def test_what_one_process_finds_is_raised_by_all(request, launch, name, kind, me
 
 
 def test_a_file_that_cannot_be_written_ends_all_processes(ddp):
-    main, other = ddp["ddp-unwritable"]
-    assert main["kind"] == "FileExistsError"  # a file is where its folder should be
+    main, other = ddp["ddp-unwritable"]  # before the training: a file is where its folder should be
+    assert main["kind"] == other["kind"] == "CpiftError"
+    assert "importance.safetensors cannot be written" in main["error"]
+    assert "the main process could not write" in other["error"]
+    main, other = ddp["ddp-loop-unwritable"]  # when it is to be written
+    assert main["kind"] == "FileExistsError"
     assert other["kind"] == "CpiftError"
     assert "the main process could not write" in other["error"]
 

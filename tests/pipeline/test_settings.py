@@ -281,17 +281,17 @@ def by_second_moment(training: dict | None = None, **more) -> dict:
 def test_optimizers_without_a_second_moment_are_refused_where_it_is_wanted(optim):
     resolve({"optim": optim})
     said = f"optim {optim}: use adamw_torch, or core.importance update"
-    with pytest.raises(CpiftError, match=rf"'core.importance' is second_moment, .* of 'probe.training'.*{said}"):
+    with pytest.raises(CpiftError, match=rf"'core.importance' is second_moment, .* of stage 'probe'.*{said}"):
         by_second_moment({"optim": optim})
     with pytest.raises(CpiftError, match=said):
         by_second_moment(probe={"training": {"optim": optim}})
     stage = {"training": {"optim": optim}}
     by_second_moment(integration=stage, fusion=stage, baselines=stage)  # where no core is found
-    with pytest.raises(CpiftError, match=rf"of 'integration.training'.*{said}"):
+    with pytest.raises(CpiftError, match=rf"of stage 'integration'.*{said}"):
         by_second_moment(integration={**stage, "dynamic_regions": True})
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "schedule_free_adamw"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "schedule_free_adamw", "schedule_free_radam"])
 def test_optimizers_with_a_second_moment(optim):
     assert setting(by_second_moment({"optim": optim})["probe"], "optim") == optim
     by_second_moment()  # the default has one

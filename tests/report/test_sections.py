@@ -194,6 +194,14 @@ def test_overlap_is_in_the_order_trained_with_each_group_framed(report):
     assert texts(helps) == [["code", ABSENT, "+0.50"], ["maths", "-0.25", ABSENT]]
 
 
+def test_it_tells_cores_that_are_not_what_moved_most(report):
+    for importance, told in ((None, False), ("update", False), ("second_moment", True)):
+        if importance:
+            report["recipe"]["core"]["importance"] = importance
+        texts = [block for block in cores.section(report).blocks if isinstance(block, str)]
+        assert any("the largest gradients" in text for text in texts) == told
+
+
 def test_overlaps_move_with_their_tasks(large_report):
     overlap = tables(cores.section(large_report))[0]
     names = list(large_report["cores"])

@@ -12,9 +12,10 @@ ablations 1.5. Runs that the results have are not made again, so it can be stopp
 Every method gets the same rows in the same batches, steps, schedule (6% linear warm-up, linear decay), AdamW without
 weight decay, clipping at 1, the model's own dropout, and the same head at the same start. What differs is the
 learning rate. It is chosen for each method and task by a sweep in factors of about 3, on a seed of its own, by the
-accuracy on validation rows after the last step (equal ones: by the loss there); a sweep whose best is at an edge is
-extended, twice at most, and the table says so if it still is. Sweeps do not see test rows. The head's rate is the best
-of the head trained alone, and the same for all methods. Scores are those after the last step; none stops early.
+loss on validation rows after the last step, which is less noisy than the accuracy on 500 rows; a sweep whose best is
+at an edge is extended, twice at most, and the table says so if it still is. Sweeps do not see test rows. The head's
+rate is the best of the head trained alone, and the same for all methods. Scores are those after the last step; none
+stops early.
 
 The methods: full fine-tuning; the head alone; BitFit (all biases of the encoder); LoRA, RoAd (road_1) and VeRA in all
 linear layers of the blocks; (IA)³ and BEFT where PEFT puts them for BERT; LayerNorm tuning; Propulsion in query, key
@@ -49,13 +50,12 @@ from evidence.classification import (
     z_summary,
 )
 from evidence.intervals import Interval, difference, interval
-from evidence.runs import Settings, compute, key, load
+from evidence.runs import Settings, compute, load
+from evidence.sweep import best_rates
 
 RESULTS = Path(__file__).parent / "results" / "tuner_quality"
 BLOCKS = r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
 SWEEP_SEED = 1000
-EXTENSIONS = 2
-LADDER = [float(f"{digit}e{power}") for power in range(-7, 2) for digit in (1, 3)]
 FULL, HEAD, LORA = "full", "head", "LoRA r=8"
 
 # batch, longest sequence, rows of the curve, of validation and of the test; steps are a command-line option
@@ -204,22 +204,14 @@ def run_study(
     settings = partial(make_settings, task=task, steps=steps, model=fingerprint(model))
 
     def sweep(names: Sequence[str], head_rate: float | None) -> dict[str, float]:
-        rates = {name: start_grid(name) for name in names}
-        for _ in range(EXTENSIONS + 1):
-            wanted = [settings(name, rate, head_rate, SWEEP_SEED) for name in names for rate in rates[name]]
-            compute(file, wanted, work, workers=workers)
-            stored = {key(run["settings"]): run["result"] for run in load(file)}
-            best = {
-                name: best_rate(
-                    {rate: stored[key(settings(name, rate, head_rate, SWEEP_SEED))] for rate in rates[name]}
-                )
-                for name in names
-            }
-            wider = {name: extended(rates[name], best[name]) for name in names}
-            if wider == rates:
-                break
-            rates = wider
-        return best
+        return best_rates(
+            file,
+            {name: {**METHODS, **ABLATIONS}[name][1:] for name in names},
+            lambda name, rate: settings(name, rate, head_rate, SWEEP_SEED),
+            rank,
+            work,
+            workers=workers,
+        )
 
     head_rate = sweep([HEAD], None)[HEAD]
     others = [name for name in methods if name != HEAD]
@@ -289,27 +281,9 @@ def fingerprint(model: Path) -> str:
     return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
-def start_grid(method: str) -> list[float]:
-    """The rates with which a method's sweep begins."""
-    _, low, high = {**METHODS, **ABLATIONS}[method]
-    return [rate for rate in LADDER if low * 0.99 < rate < high * 1.01]
-
-
-def extended(rates: Sequence[float], best: float) -> list[float]:
-    """The rates with one more beyond the best if that is at an edge."""
-    low, high = LADDER.index(rates[0]), LADDER.index(rates[-1])
-    at = LADDER.index(best)
-    return LADDER[low - (at == low) : high + 1 + (at == high)]
-
-
-def best_rate(results: dict[float, dict[str, Any]]) -> float:
-    """The rate with the best accuracy on validation rows; of equal ones that with the lowest loss there."""
-
-    def rank(rate: float) -> tuple[float, float]:
-        validation = results[rate]["validation"]
-        return (-validation["accuracy"], validation["loss"]) if validation else (math.inf, math.inf)
-
-    return min(results, key=rank)
+def rank(result: dict[str, Any]) -> float:
+    """The loss on validation rows; infinite if the training diverged."""
+    return result["validation"]["loss"] if result["validation"] else math.inf
 
 
 def steps_until(curve: Sequence[dict[str, float]], reached: float) -> float:

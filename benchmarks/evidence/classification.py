@@ -169,6 +169,9 @@ def put_on(encoder: nn.Module, tuner: dict[str, Any]) -> nn.Module:
             parameter.requires_grad = chosen[tuner["train"]](name)
         return encoder
     fields = {key: value for key, value in tuner.items() if key != "start"}
+    if fields["peft_type"] == "VERA":
+        # PEFT would draw the projections from a key that is the same for all seeds
+        fields["projection_prng_key"] = int(torch.randint(2**31, ()))
     adapted = get_peft_model(encoder, get_peft_config(fields))
     if "start" in tuner:
         kind, *values = tuner["start"]

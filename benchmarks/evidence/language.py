@@ -33,6 +33,10 @@ MIXED_FROM = 256  # the width from which half precision saves time
 LEAST_COMPLETION = 16  # tokens of a longer completion that must fit, or the row is left out
 
 
+class Diverged(Exception):
+    """A training's loss or gradient is not finite any more."""
+
+
 class Row(NamedTuple):
     """Token ids of a prompt and its completion, and where the completion begins."""
 
@@ -180,6 +184,9 @@ def train(
         around: given the optimizer, a context that the steps run in, such as frozen coordinates.
         penalty: called after the backward pass and before clipping, to add to the gradients.
         before_step, after_step: called around each optimizer step, after clipping.
+
+    Raises:
+        Diverged: the loss or the gradient's norm is not finite.
     """
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -202,7 +209,9 @@ def train(
             loss.backward()
             if penalty:
                 penalty()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not (loss + norm).isfinite():
+                raise Diverged(f"step {step + 1}: loss {loss.item():g}, norm of the gradient {norm.item():g}")
             if before_step:
                 before_step()
             stepper.step()

@@ -5,8 +5,7 @@
     python benchmarks/interference.py --table                      # Spearman correlations, from what was computed
 
 Every ordered pair of tasks is trained one after the other, as `protection.py` does with nothing protected. The harm is
-how much the first task's loss rises, as a share of what its own training had gained. It is compared with what can be
-known after probing each task alone:
+how much the first task's loss rises, in nats. It is compared with what can be known after probing each task alone:
 
 - the Jaccard index of the two cores, 1% and 10% by update and by second moment, and of two random sets of 1%
 - the cosine of the two updates, and of the two gradients before any training
@@ -15,8 +14,11 @@ known after probing each task alone:
 - a forecast: half the first task's Fisher information times the second task's squared update, summed, which is the
   second-order rise of the first one's loss if the second one's update were added
 
-The learning rate is that of `protection.py rates`. `--table` gives Spearman's rank correlation over the pairs of
-tasks, its mean and interval over seeds.
+The learning rate is that of `protection.py rates`. `--table` gives Spearman's rank correlation with the harm over all
+pairs, and over the pairs of one first task (the mean over these), both as means over seeds. The pairs are of few
+tasks, so they are not independent, and seeds do not change the tasks: the p-values are those of a permutation of the
+tasks' names, the same for all seeds. What two tasks have in common is the same in both directions, harm is not, so no
+symmetric predictor can reach 1. `loss gained by the first task` knows nothing of the second: a control.
 """
 
 from __future__ import annotations
@@ -30,21 +32,24 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from evidence.intervals import interval
 from evidence.language import REAL_TASKS, draw, loss_of, start, trained
 from evidence.runs import compute, load
 from evidence.sequence import Place, choose, first_task, run_sequence
 from protection import REAL, RESULTS, SMALL, WAYS, best_rates
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import Tensor
 
 from peft_cpift import jaccard_index
+from peft_cpift.checkpoint import complete_file
 from peft_cpift.demo import TASKS
 
 CORES = {f"core by {by}, {percent}%": (by, percent) for by in ("update", "second_moment") for percent in (1, 10)}
 CORES["random sets, 1%"] = ("random", 1)
 GRADIENT_ROWS = 128
+Pairs = dict[tuple[str, ...], float]
+"""A number for each ordered pair of tasks."""
 
 
 def settings_of(place: Place, seed: int) -> dict[str, Any]:
@@ -114,35 +119,71 @@ def cosine(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def harm(result: dict[str, Any]) -> float:
-    """By how much the first task's loss rose, as a share of what its own training had gained."""
-    first = result["first"]
-    return (first["end"]["loss"] - first["own"]["loss"]) / (first["base"]["loss"] - first["own"]["loss"])
+    """By how much the first task's loss rose, in nats."""
+    return result["first"]["end"]["loss"] - result["first"]["own"]["loss"]
 
 
-def table(name: str) -> str:
+def gained(result: dict[str, Any]) -> float:
+    """By how much the first task's own training had lowered its loss, in nats."""
+    return result["first"]["base"]["loss"] - result["first"]["own"]["loss"]
+
+
+def table(place: Place) -> str:
     """A Markdown table of rank correlations, the best predictor first."""
-    harms: dict[int, dict[str, float]] = {}
-    predictors = {run["settings"]["seed"]: run["result"] for run in load(RESULTS / f"{name}-predictors.jsonl")}
-    for run in load(RESULTS / f"{name}.jsonl"):
-        settings = run["settings"]
-        shared = {key: settings[key] for key in ("tuner", "optimizer")}
-        if (
-            settings["protect"]["kind"] == "none"
-            and settings["second_rate"] == settings["rate"]
-            and shared == WAYS["full"]
-        ):
-            harms.setdefault(settings["seed"], {})[f"{settings['first']} {settings['second']}"] = harm(run["result"])
+    harms: dict[int, Pairs] = {}
+    controls: dict[int, Pairs] = {}
+    for run in load(RESULTS / f"{place.name}.jsonl"):
+        settings, pair = run["settings"], (run["settings"]["first"], run["settings"]["second"])
+        wanted = settings_of(place, settings["seed"])
+        wanted |= {"second_rate": wanted["rate"], "protect": {"kind": "none"}, "split": "test"}
+        if all(settings[name] == value for name, value in wanted.items()):
+            harms.setdefault(settings["seed"], {})[pair] = harm(run["result"])
+            controls.setdefault(settings["seed"], {})[pair] = gained(run["result"])
+    known: dict[str, dict[int, Pairs]] = {"loss gained by the first task": controls}
+    for run in load(RESULTS / f"{place.name}-predictors.jsonl"):
+        for label, pairs in run["result"].items():
+            values = {tuple(pair.split()): value for pair, value in pairs.items()}
+            known.setdefault(label, {})[run["settings"]["seed"]] = values
+    tasks = sorted({task for pairs in harms.values() for pair in pairs for task in pair})
+    count = len(tasks) * (len(tasks) - 1)
+    seeds = [seed for seed in sorted(harms) if len(harms[seed]) == count and all(seed in of for of in known.values())]
     rows = []
-    for label in next(iter(predictors.values())):
-        values = []
-        for seed, found in predictors.items():
-            pairs = [pair for pair in found[label] if pair in harms.get(seed, {})]
-            values.append(float(spearmanr([found[label][p] for p in pairs], [harms[seed][p] for p in pairs])[0]))
-        rows.append((interval(values), label))
-    rows.sort(key=lambda row: -abs(row[0].mean))
-    lines = ["| known after the probes | rank correlation with the harm |", "| --- | ---: |"]
-    lines += [f"| {label} | {found.show(2, signed=True)} |" for found, label in rows]
+    for label, of in known.items():
+        found = [correlate(tasks, [of[seed] for seed in seeds], [harms[seed] for seed in seeds], w) for w in (0, 1)]
+        rows.append((f"| {label} | " + " | ".join(f"{rho:+.2f} | {p:.2f}" for rho, p in found) + " |", found[0][0]))
+    rows.sort(key=lambda row: -abs(row[1]))
+    lines = [f"{len(seeds)} seeds, {len(tasks)} tasks, {count} ordered pairs.", ""]
+    lines += ["| known after the probes | rank correlation with the harm | p | within one first task | p |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |", *(line for line, _ in rows)]
     return "\n".join(lines) + "\n"
+
+
+def correlate(tasks: list[str], known: list[Pairs], harms: list[Pairs], within: int) -> tuple[float, float]:
+    """The rank correlation of what is known with the harm, the mean over seeds, and its two-sided p-value.
+
+    Args:
+        tasks: their names, which are permuted.
+        known, harms: a value for each ordered pair of tasks, of each seed.
+        within: whether to correlate over the pairs of one first task, and take the mean over these.
+    """
+    pairs = list(permutations(tasks, 2))
+    groups = [[pair for pair in pairs if pair[0] == task] for task in tasks] if within else [pairs]
+
+    def mean(names: dict[str, str]) -> float:
+        found = []
+        for seed_known, seed_harms in zip(known, harms, strict=True):
+            for group in groups:
+                ranks = [
+                    rankdata([seed_known[names[first], names[second]] for first, second in group]),
+                    rankdata([seed_harms[pair] for pair in group]),
+                ]
+                constant = min(rank.std() for rank in ranks) == 0  # such as one first task's own number
+                found.append(0.0 if constant else float(np.corrcoef(*ranks)[0, 1]))
+        return float(np.mean(found))
+
+    observed = mean(dict(zip(tasks, tasks, strict=True)))
+    others = [mean(dict(zip(tasks, order, strict=True))) for order in permutations(tasks)]
+    return observed, float(np.mean([abs(other) >= abs(observed) - 1e-12 for other in others]))
 
 
 def main() -> None:
@@ -153,11 +194,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs=2, metavar=("FROM", "TO"), default=(0, 10))
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "cpift-protection")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="print the table of what was computed")
+    parser.add_argument("--table", action="store_true", help="make the table of what was computed")
     arguments = parser.parse_args()
     place = Place(arguments.model, arguments.data, arguments.cache)
     if arguments.table:
-        print(table(place.name))
+        with complete_file(RESULTS / f"{place.name}-interference.md") as partial_file:
+            partial_file.write_text(f"# Does overlap predict harm? {place.name}\n\n{table(place)}", encoding="utf-8")
         return
     seeds, workers = range(*arguments.seeds), arguments.workers
     compute(RESULTS / f"{place.name}.jsonl", sequences(place, seeds), partial(run_sequence, place), workers=workers)

@@ -79,8 +79,10 @@ def freeze(by: str, percent: float, **more: str) -> dict[str, Any]:
 
 
 NONE = {"kind": "none"}
+STRENGTHS = (0.01, 0.1, 1, 10)
 COSTS = [
-    *({"kind": kind, "strength": strength} for kind in ("ewc", "l2") for strength in (1e-3, 1e-2, 1e-1)),
+    *({"kind": "ewc", "by": by, "strength": much} for by in ("fisher", "second_moment") for much in STRENGTHS),
+    *({"kind": "l2", "strength": much} for much in STRENGTHS),
     *({"kind": "replay", "share": share} for share in (0.05, 0.2)),
 ]
 # What is compared, in the order in which it is computed: way of training, what else differs, protections, seeds.
@@ -126,15 +128,19 @@ def rate_runs(place: Place, ways: list[str]) -> Iterator[dict[str, Any]]:
 def best_rates(place: Place, ways: list[str]) -> dict[str, float]:
     """The rate of each way of training with the lowest validation loss, the mean over tasks."""
     runs = load(RESULTS / f"{place.name}-rates.jsonl")
+    scale = REAL if place.model else SMALL
+    tasks = {task for pair in scale["pairs"] for task in pair}
     best = {}
     for way in ways:
-        losses: dict[float, list[float]] = {}
+        losses: dict[float, dict[str, float]] = {}
         for run in runs:
-            if all(run["settings"][name] == value for name, value in WAYS[way].items()):
-                losses.setdefault(run["settings"]["rate"], []).append(run["result"]["end"]["loss"])
-        if not losses:
+            settings = run["settings"]
+            if all(settings[name] == value for name, value in {**WAYS[way], **scale["length"]}.items()):
+                losses.setdefault(settings["rate"], {})[settings["first"]] = run["result"]["end"]["loss"]
+        means = {rate: sum(found.values()) for rate, found in losses.items() if found.keys() >= tasks}
+        if not means:
             raise SystemExit(f"error: no rate is known for '{way}': run `protection.py rates` first")
-        best[way] = min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
+        best[way] = min(means, key=means.__getitem__)
     return best
 
 
@@ -178,6 +184,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the folder with the real tasks' rows")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="for rates")
     parser.add_argument("--parts", nargs="+", choices=PLAN, help="for grid")
+    parser.add_argument("--by", nargs="+", help="for grid: these measures alone, and what is chosen by none")
     parser.add_argument("--seeds", type=int, nargs=2, metavar=("FROM", "TO"), help="for grid; TO is not included")
     parser.add_argument(
         "--pair", type=int, nargs="+", help="for grid: which pairs of tasks, by number; all by default"
@@ -200,6 +207,8 @@ def main() -> None:
         seeds = range(*(arguments.seeds or (0, scale["seeds"])))
         parts = arguments.parts or [part for part in PLAN if part not in scale["skip"]]
         file, work, runs = RESULTS / f"{place.name}.jsonl", run_sequence, grid_runs(place, parts, seeds)
+        if arguments.by:
+            runs = (run for run in runs if run["protect"].get("by") in (None, *arguments.by))
     compute(file, runs, partial(work, place), workers=arguments.workers)
 
 

@@ -3,8 +3,9 @@ the demonstration's model what its name says; tables are made of invented runs w
 
 from __future__ import annotations
 
+import math
 import sys
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from evidence.importance import MEASURES, Recorder, fisher, measure
-from evidence.language import Row, compact_vocabulary, draw, load_demo, loss_of, score, start, train, trained
+from evidence.language import Diverged, Row, compact_vocabulary, draw, load_demo, loss_of, score, start, train, trained
 from evidence.protection_tables import collect, control_of, table
 from evidence.sequence import Place, choose, first_task, run_sequence
-from interference import cosine, harm
+from interference import correlate, cosine, harm
+from scipy.stats import spearmanr
 from transformers import AutoTokenizer
 
 from peft_cpift.demo import MODEL
@@ -190,7 +192,11 @@ def test_the_middle_of_a_blend_lies_between_the_ends(place):
 
 @pytest.mark.parametrize(
     "protect",
-    [{"kind": "ewc", "strength": 0.1}, {"kind": "project", "gradients": 2}, {"kind": "replay", "share": 0.5}],
+    [
+        {"kind": "ewc", "by": "fisher", "strength": 0.1},
+        {"kind": "project", "gradients": 2},
+        {"kind": "replay", "share": 0.5},
+    ],
     ids=lambda protect: protect["kind"],
 )
 def test_other_protections_change_the_outcome_and_repeat(place, protect):
@@ -235,8 +241,62 @@ def test_a_table_of_invented_runs():
     assert protections["nothing"]["kept"] == {0: 0.5, 1: pytest.approx(0.4)}
     assert protections["freeze 1% by fisher"]["learned"] == {0: pytest.approx(0.9), 1: pytest.approx(0.9)}
     text = table(protections)
-    assert "| freeze 1% by fisher | 0.850 ± 0.635 | 0.900 ± 0.000 | **+0.400 ± 0.000** | **-0.100 ± 0.000** |" in text
-    assert harm(runs[0]["result"]) == 0.5
+    row = (
+        "| freeze 1% by fisher | 2 | 0.850 ± 0.635 | 0.900 ± 0.000 | **+0.400 ± 0.000** | **-0.100 ± 0.000** | 1.300 |"
+    )
+    assert row in text
+    assert harm(runs[0]["result"]) == 1.0
+
+
+def test_pairs_of_another_study_and_seeds_without_all_pairs_do_not_count():
+    freeze = {"kind": "freeze", "by": "random", "percent": 1}
+    other = {"first": "sort", "second": "reverse"}
+    runs = [invented(0, protect, 2.0, 1.0) for protect in ({"kind": "none"}, freeze)]
+    lone = invented(0, {"kind": "none"}, 9.0, 9.0)
+    runs.append({**lone, "settings": {**lone["settings"], **other}})
+    ((_, protections),) = collect(runs).items()
+    assert protections["nothing"]["first_loss"] == {0: 2.0}
+    runs.append({**invented(0, freeze, 4.0, 1.0), "settings": {**runs[1]["settings"], **other}})
+    ((_, protections),) = collect(runs).items()
+    assert protections["freeze 1% by random"]["first_loss"] == {0: 3.0}  # now both pairs are of the study
+    del runs[1]
+    ((_, protections),) = collect(runs).items()
+    assert list(protections["nothing"]["first_loss"].values()) == [9.0]
+
+
+def test_what_cannot_be_learned_has_no_share():
+    runs = [invented(0, protect, 2.0, 2.5) for protect in ({"kind": "none"}, {"kind": "l2", "strength": 1})]
+    ((_, protections),) = collect(runs).items()
+    assert "learned" not in protections["nothing"]
+    assert "| nothing | 1 | 0.500 (1 seed) | — |" in table(protections)
+
+
+def test_correlations_are_of_names_that_are_permuted():
+    tasks = ["a", "b", "c", "d"]
+    pairs = list(permutations(tasks, 2))
+    harms = {pair: float(number) for number, pair in enumerate(pairs)}
+    rho, p = correlate(tasks, [harms, harms], [harms, harms], 0)
+    assert rho == pytest.approx(1)
+    assert p == pytest.approx(2 / 24)  # itself, and its reverse
+    of_first = {pair: float(tasks.index(pair[0])) for pair in pairs}
+    rho, p = correlate(tasks, [of_first], [harms], 0)
+    assert rho == pytest.approx(spearmanr(list(of_first.values()), list(harms.values()))[0])
+    assert correlate(tasks, [of_first], [harms], 1) == (0.0, 1.0)  # within one first task it is constant
+    against = {pair: -value for pair, value in harms.items()}
+    assert correlate(tasks, [against], [harms], 1)[0] == pytest.approx(-1)
+
+
+def test_a_random_unit_is_drawn_once(place, records):
+    region = choose(records, {"by": "random", "percent": 10, "unit": "row"}, 0)
+    shares = [len(chosen) / math.prod(region.shapes[name]) for name, chosen in region.indices.items()]
+    wide = [share for name, share in zip(region.indices, shares, strict=True) if len(region.shapes[name]) > 1]
+    assert len(wide) == sum(value.ndim > 1 for value in records["end"].values())  # by means narrow rows would win
+    assert max(wide) < 0.3
+
+
+def test_a_diverging_training_says_so(rows):
+    with pytest.raises(Diverged, match="step"):
+        train(start(load_demo(0)[0]), rows.train[:64], batch_size=8, rate=1e30)
 
 
 def test_controls_are_of_the_same_kind():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from evidence.intervals import Interval, difference, interval
@@ -12,21 +13,22 @@ from evidence.runs import key
 
 EXPLAINED = """\
 A model is trained on one task, then on another while something protects the first. Two numbers say how that ended,
-both as shares of what training gains in held-out loss:
+both as shares of held-out loss in nats, summed over the pairs of tasks:
 
-- kept: 1 if the first task's loss is what it was before the second training, 0 if it is that of the base model, below
-  0 if it is worse than that
-- learned: 1 if the second task's loss is as low as with nothing protected, 0 if it stays where it was
+- kept: 1 if the first tasks' losses are what they were before the second training, 0 if they are those of the model
+  before any training, below 0 if they are worse than that
+- learned: 1 if the second tasks' losses fell as far below those of the model before any training as with nothing
+  protected; a dash where even that leaves them above
 
 A way to protect is worth its name if it keeps more than another that lets as much be learned. "Stopped" stands for the
-weights part of the way from before the second training to after it, a line that costs nothing and chooses nothing.
-Each number is a mean over the pairs of tasks and then over seeds, ± its 95% confidence interval over seeds; "more than
-random" is the difference from a random choice of as many coordinates, formed within each seed, bold where the interval
-leaves out 0. The last two columns say how much of the first task's squared update, and of its Fisher information, the
-chosen coordinates hold.
+parameters part of the way from before the second training to after it, a line that costs nothing and chooses nothing.
+Each number is ± its 95% confidence interval over seeds, which does not cover the choice of tasks; "more than random"
+is the difference from a random choice of as many coordinates, formed within each seed, bold where the interval leaves
+out 0. In so many rows some are bold by chance. Losses and shares of exact answers are means over the pairs. The last
+two columns say how much of the first task's squared update and Fisher information the chosen coordinates hold.
 """
 Values = dict[int, float]
-"""A number for each seed, the mean over the pairs of tasks."""
+"""A number for each seed, over the pairs of tasks."""
 
 
 def way_of(settings: dict[str, Any]) -> str:
@@ -52,56 +54,63 @@ def label_of(settings: dict[str, Any]) -> str:
         slower = settings["rate"] / settings["second_rate"]
         return "nothing" if slower < 1.01 else f"nothing, rate / {slower:.0f}"
     return {
-        "ewc": "elastic pull by Fisher information (EWC), {strength:g}",
+        "ewc": "elastic pull by {by} (EWC), {strength:g}",
         "l2": "elastic pull, {strength:g}",
+        "decay": "decay by {by}^{power:g}, {strength:g}",
         "replay": "replay of {share:.0%} rows",
         "project": "steps freed of {gradients} gradients",
     }[kind].format(**protect)
 
 
 def collect(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Values]]]:
-    """way of training -> protection -> "kept", "learned", "held_update", "held_fisher" -> the value of each seed.
+    """way of training -> protection -> measure -> the value of each seed.
 
-    Only seeds whose pairs are all there count.
+    The measures are "kept", "learned", "loss" and "exact" of either task as "first_loss" and so on, "held_update" and
+    "held_fisher". Pairs count for which anything is protected, and seeds for which all these pairs are there.
     """
     runs = list(runs)
     free = {_context(run["settings"]): run["result"] for run in runs if label_of(run["settings"]) == "nothing"}
-    cells: dict[tuple[str, str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     pairs: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for run in runs:
+        if run["settings"]["protect"]["kind"] != "none":
+            pairs[way_of(run["settings"])].add(_pair(run["settings"]))
+    cells: dict[tuple[str, str, int], list[tuple[dict[str, Any], dict[str, Any]]]] = defaultdict(list)
+    for run in runs:
         settings, result = run["settings"], run["result"]
-        unprotected = free.get(_context(settings))
-        if unprotected is None:
+        way, unprotected = way_of(settings), free.get(_context(settings))
+        if unprotected is None or _pair(settings) not in pairs[way]:
             continue
-        way, pair = way_of(settings), (settings["first"], settings["second"])
-        pairs[way].add(pair)
-        outcomes = {label_of(settings): result}
-        for share, blended in result.get("blend", {}).items():
-            ends = {task: {**result[task], "end": blended[task]} for task in ("first", "second")}
-            outcomes[f"stopped {float(share):.0%} of the way"] = ends
-        if settings["second_rate"] != settings["rate"]:
-            outcomes = {label: outcomes[label] for label in list(outcomes)[:1]}
-        for label, outcome in outcomes.items():
-            cell = cells[way, label, settings["seed"]]
-            first, second = outcome["first"], outcome["second"]
-            gained = first["base"]["loss"] - first["own"]["loss"]
-            cell["kept"].append(1 - (first["end"]["loss"] - first["own"]["loss"]) / gained)
-            lowest = unprotected["second"]["end"]["loss"]
-            start = second["own"]["loss"]
-            cell["learned"].append((start - second["end"]["loss"]) / (start - lowest))
-            cell["kept_exact"].append(first["end"]["exact"])
-            cell["learned_exact"].append(second["end"]["exact"])
-            for share in ("held_update", "held_fisher"):
-                if share in outcome:
-                    cell[share].append(outcome[share])
-            cell["pair"].append(pair)
+        cells[way, label_of(settings), settings["seed"]].append((result, unprotected))
+        if settings["second_rate"] == settings["rate"]:
+            for share, blended in result.get("blend", {}).items():
+                ends = {task: {**result[task], "end": blended[task]} for task in ("first", "second")}
+                cells[way, f"stopped {float(share):.0%} of the way", settings["seed"]].append((ends, unprotected))
     found: dict[str, dict[str, dict[str, Values]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    wanted = {way: len(known) for way, known in pairs.items()}
     for (way, label, seed), cell in cells.items():
-        if len(cell.pop("pair")) == wanted[way]:
-            for measure, values in cell.items():
-                found[way][label][measure][seed] = sum(values) / len(values)
+        if len(cell) == len(pairs[way]):
+            for measure, value in _measures(cell).items():
+                found[way][label][measure][seed] = value
     return found
+
+
+def _measures(cell: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, float]:
+    """What the runs of one seed come to, each beside the same with nothing protected."""
+    results = [result for result, _ in cell]
+
+    def fall(task: str, stage: str, among: list[dict[str, Any]]) -> float:
+        return sum(result[task]["base"]["loss"] - result[task][stage]["loss"] for result in among)
+
+    measures = {"kept": fall("first", "end", results) / fall("first", "own", results)}
+    possible = fall("second", "end", [unprotected for _, unprotected in cell])
+    if possible > 0:
+        measures["learned"] = fall("second", "end", results) / possible
+    for task in ("first", "second"):
+        for score in ("loss", "exact"):
+            measures[f"{task}_{score}"] = fmean(result[task]["end"][score] for result in results)
+    for share in ("held_update", "held_fisher"):
+        if share in results[0]:
+            measures[share] = fmean(result[share] for result in results)
+    return measures
 
 
 def control_of(label: str) -> str | None:
@@ -116,17 +125,20 @@ def control_of(label: str) -> str | None:
 
 
 def table(protections: dict[str, dict[str, Values]]) -> str:
-    """A Markdown table of one way of training; bold where a choice beats the random one with its whole interval."""
-    head = ("kept", "learned", "kept, more than random", "learned, more than random", "of the update²", "of Fisher")
+    """A Markdown table of one way of training; bold where a whole interval differs from the random choice."""
+    head = ("seeds", "kept", "learned", "kept, more than random", "learned, more than random")
+    head += ("first loss", "second loss", "first exact", "second exact", "of the update²", "of Fisher")
     lines = [f"| protection | {' | '.join(head)} |", "| --- |" + " ---: |" * len(head)]
     for label, measures in sorted(protections.items(), key=_order):
-        cells = [label, *(interval(list(measures[m].values())).show(3) for m in ("kept", "learned"))]
-        control = protections.get(control_of(label) or "")
+        cells = [label, str(len(measures["kept"]))]
+        cells += [_mean(measures, measure).show(3) if measure in measures else "—" for measure in ("kept", "learned")]
+        control = protections.get(control_of(label) or "", {})
         for measure in ("kept", "learned"):
-            cells.append(_more(difference(measures[measure], control[measure])) if control else "")
-        for share in ("held_update", "held_fisher"):
-            known = measures.get(share)
-            cells.append(f"{interval(list(known.values())).mean:.0%}" if known else "")
+            shared = measures.get(measure, {}).keys() & control.get(measure, {}).keys()
+            cells.append(_more(difference(measures[measure], control[measure])) if shared else "")
+        cells += [f"{_mean(measures, f'{task}_loss').mean:.3f}" for task in ("first", "second")]
+        for share in ("first_exact", "second_exact", "held_update", "held_fisher"):
+            cells.append(f"{_mean(measures, share).mean:.0%}" if share in measures else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -149,9 +161,7 @@ def plot(protections: dict[str, dict[str, Values]], file: Path, title: str) -> N
     for start, marker in (("elastic pull by", "+"), ("elastic pull,", "1"), ("replay", "*")):
         points = [m for label, m in protections.items() if label.startswith(start)]
         if points:
-            axes.scatter(
-                *_means(points), marker=marker, label=start.rstrip(",") if start != "elastic pull by" else "EWC"
-            )
+            axes.scatter(*_means(points), marker=marker, label="EWC" if start.endswith("by") else start.rstrip(","))
     axes.set(xlabel="learned of the second task", ylabel="kept of the first task", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -161,7 +171,12 @@ def plot(protections: dict[str, dict[str, Values]], file: Path, title: str) -> N
 
 
 def _means(points: list[dict[str, Values]]) -> tuple[list[float], list[float]]:
-    return tuple([interval(list(m[axis].values())).mean for m in points] for axis in ("learned", "kept"))
+    there = [measures for measures in points if "learned" in measures]
+    return tuple([_mean(measures, axis).mean for measures in there] for axis in ("learned", "kept"))
+
+
+def _mean(measures: dict[str, Values], measure: str) -> Interval:
+    return interval(list(measures[measure].values()))
 
 
 def _order(item: tuple[str, dict[str, Values]]) -> tuple:
@@ -169,12 +184,16 @@ def _order(item: tuple[str, dict[str, Values]]) -> tuple:
     label, measures = item
     kind, _, after = label.partition(" by ")
     family = f"{kind}{after.partition(',')[1:]}" if control_of(label) or " by random" in label else ""
-    return family, -interval(list(measures["kept"].values())).mean
+    return family, -_mean(measures, "kept").mean
 
 
 def _more(found: Interval) -> str:
     text = found.show(3, signed=True)
     return f"**{text}**" if found.sign else text
+
+
+def _pair(settings: dict[str, Any]) -> tuple[str, str]:
+    return settings["first"], settings["second"]
 
 
 def _context(settings: dict[str, Any]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,19 +40,19 @@ BLENDS = (0.25, 0.5, 0.75)
 FIRST_KEYS = ("model", "first", "seed", "tuner", "optimizer", "steps", "batch", "rate")
 
 
+@dataclass(frozen=True)
 class Place:
-    """Where a run finds its model and data, and keeps what several runs need; says nothing about the results.
+    """Where a run finds its model and data, and keeps what several runs need; says nothing about the results."""
 
-    Args:
-        model: the model's folder; None for the demonstration's.
-        data: the folder of its tasks.
-        cache: a folder that may be deleted at any time.
-        max_length, held_out: see `load_real`.
-    """
-
-    def __init__(self, model: Path | None, data: Path | None, cache: Path, max_length: int = 192, held_out: int = 128):
-        self.model, self.data, self.cache = model, data, cache
-        self.max_length, self.held_out = max_length, held_out
+    model: Path | None
+    """The model's folder; None for the demonstration's."""
+    data: Path | None
+    """The folder of its tasks."""
+    cache: Path
+    """A folder that may be deleted at any time."""
+    max_length: int = 192
+    held_out: int = 128
+    """See `load_real`."""
 
     @property
     def name(self) -> str:
@@ -72,10 +75,8 @@ def first_task(place: Place, settings: dict[str, Any]) -> dict[str, dict[str, Te
 def _first_task(place: Place, wanted: str) -> dict[str, dict[str, Tensor]]:
     settings = json.loads(wanted)
     place.cache.mkdir(parents=True, exist_ok=True)
-    file = place.cache / (
-        "-".join(str(settings[name]) for name in ("model", "first", "seed", "optimizer", "rate"))
-        + f"-{_short(settings['tuner'])}-{settings['steps']}x{settings['batch']}.safetensors"
-    )
+    digest = hashlib.sha256(f"{wanted} {place.max_length} {place.held_out}".encode()).hexdigest()[:12]
+    file = place.cache / f"{settings['model']}-{settings['first']}-{settings['seed']}-{digest}.safetensors"
     with FileLock(file.with_suffix(".lock")):
         if not file.exists():
             with complete_file(file) as partial:
@@ -141,7 +142,9 @@ def run_sequence(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
       `row`, `column` or `tensor`, whose entries share their mean; `scope` as in `find_core_region`; `of` names
       another task whose measure it is; with `anywhere` each tensor's choice gives way to as many random entries of it
     - `restore`: the same coordinates are put back after the training, which is free
-    - `ewc`, `l2`: elastic pull with a `strength`, weighted by Fisher information (of mean 1), or alike for all
+    - `ewc`, `l2`: elastic pull with a `strength`, weighted `by` a measure (of mean 1), or alike for all
+    - `decay`: after every step a coordinate goes back towards where it was, by 1 + rate * `strength` * weight, as
+      decoupled weight decay does; the weight is a `power` of a measure, of mean 1
     - `project`: steps are freed of their part along so many `gradients` of the first task
     - `replay`: a `share` of the rows, 0 to 1, is the first task's
     """
@@ -169,6 +172,8 @@ def run_sequence(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
             arguments["around"] = lambda optimizer: freeze_core(model, optimizer, region)
     elif protect["kind"] in ("ewc", "l2"):
         arguments["penalty"] = _elastic(model, records, protect)
+    elif protect["kind"] == "decay":
+        arguments["around"], arguments["after_step"] = _decay(model, records, protect)
     elif protect["kind"] == "project":
         put(model, records["end"])
         arguments["before_step"], arguments["after_step"] = _projection(
@@ -224,7 +229,14 @@ def choose(records: dict[str, dict[str, Tensor]], protect: dict[str, Any], seed:
         dimensions = {"entry": (), "row": range(1, value.ndim), "column": (0,), "tensor": range(value.ndim)}
         shared = tuple(dimensions[protect.get("unit", "entry")])
         if shared and (value.ndim > 1 or protect["unit"] == "tensor"):
-            value = value.mean(shared, keepdim=True).expand_as(value).contiguous()
+            shape = value.shape
+            if protect["by"] == "random":
+                # one draw for a unit: means of many would be near 0.5, and the shortest units would win
+                for dimension in shared:
+                    value = value.narrow(dimension, 0, 1)
+            else:
+                value = value.mean(shared, keepdim=True)
+            value = value.expand(shape).contiguous()
         values[name] = value
     region = find_core_region(
         values, importance=values, percent=protect["percent"], scope=protect.get("scope", "global")
@@ -255,18 +267,41 @@ def held_shares(region: CoreRegion, records: dict[str, dict[str, Tensor]]) -> di
 
 def _elastic(model: nn.Module, records: dict[str, dict[str, Tensor]], protect: dict[str, Any]):
     parameters = trained(model)
-    size = sum(tensor.numel() for tensor in records["fisher"].values())
-    mean = sum(tensor.double().sum().item() for tensor in records["fisher"].values()) / size
+    weights = records[protect["by"]] if protect["kind"] == "ewc" else {}
+    size = sum(tensor.numel() for tensor in weights.values())
+    mean = sum(tensor.double().sum().item() for tensor in weights.values()) / max(size, 1)
 
     @torch.no_grad()
     def pull() -> None:
         for name, parameter in parameters.items():
             away = parameter - records["end"][name]
-            if protect["kind"] == "ewc":
-                away *= records["fisher"][name] / mean
+            if weights:
+                away *= weights[name] / mean
             parameter.grad.add_(away, alpha=protect["strength"])
 
     return pull
+
+
+def _decay(model: nn.Module, records: dict[str, dict[str, Tensor]], protect: dict[str, Any]):
+    """A context that learns the optimizer, whose rate the decay follows, and what is to be done after a step."""
+    parameters, optimizers = trained(model), []
+    weights = {name: records[protect["by"]][name].pow(protect["power"]) for name in parameters}
+    size = sum(weight.numel() for weight in weights.values())
+    mean = sum(weight.double().sum().item() for weight in weights.values()) / size
+
+    @contextmanager
+    def around(optimizer: torch.optim.Optimizer):
+        optimizers.append(optimizer)
+        yield
+
+    @torch.no_grad()
+    def after_step() -> None:
+        rate = optimizers[0].param_groups[0]["lr"]
+        for name, parameter in parameters.items():
+            there = records["end"][name]
+            parameter.sub_(there).div_(1 + rate * protect["strength"] / mean * weights[name]).add_(there)
+
+    return around, after_step
 
 
 def _projection(model: nn.Module, rows: list, count: int):
@@ -303,7 +338,3 @@ def _subtract(vector: dict[str, Tensor], direction: dict[str, Tensor]) -> None:
     along = sum((vector[name].double() * direction[name]).sum() for name in vector)
     for name, part in vector.items():
         part.sub_(direction[name], alpha=along.item())
-
-
-def _short(tuner: dict[str, Any] | None) -> str:
-    return tuner["peft_type"].lower() if tuner else "full"

@@ -8,9 +8,10 @@
 Without a recipe it is that of `cpift demo`, whose data are drawn by the seed. Of a recipe the data must be a folder,
 since rows for validation are split from it. Keys of a recipe (`core.percent=0.5`) may follow, and change its study.
 
-Peers see as many tokens as CPI-FT's probes, multi-stage start and integration together. Rates of all, the strength of
-EWC and the density of merges are chosen on rows that are in neither training nor test, by climbing: a value's
-neighbours are tried until none is better. The seed of that is none of the others.
+Peers see as many tokens as CPI-FT's probes, multi-stage start and integration together. Rates of all (CPI-FT's own of
+each of these three), the strength of EWC, the density of merges and the share that is frozen are chosen on rows that
+are in neither training nor test, by climbing: of one after the other a value's neighbours are tried, until none of any
+is better. The seed of that is none of the others. Replay's share is not tuned. Ablations keep CPI-FT's choices.
 
 Results are in benchmarks/results/multitask; a run is found again by its settings, so that any command goes on where it
 stopped. `--cache` keeps trained models between commands; it may be removed at any time.
@@ -57,6 +58,8 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # times the recipe's own
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 DENSITIES = (0.1, 0.2, 0.5, 1.0)
 PERCENTS = (1.0, 3.0, 10.0, 30.0)
+OWN = ("rate", "start", "integration")
+"""The rates that CPI-FT has: of its probes, its multi-stage start and its integration."""
 FREEZING = {"freeze_update": "update", "freeze_moment": "second_moment"}
 REPLAYED = 0.2
 
@@ -127,12 +130,14 @@ def main() -> None:
     if name not in STUDIES:
         parser.error(f"say in STUDIES of {Path(__file__).name} what is heuristic for {name}")
     study, file = STUDIES[name], arguments.results / f"{name}.jsonl"
-    if arguments.table:
-        print(write_page(file))
-        return
     keys = list(arguments.keys)
     if name == "demo":
         keys.append(f"model={json.dumps(str(demo.MODEL))}")
+    if arguments.table:
+        recipe = read_recipe(arguments.recipe, [*keys, "data=data", "output=output"])
+        identity = next((run["settings"]["study"] for run in load(file)), "")
+        print(write_page(file, plan(study, recipe, choices(file, identity, study))))
+        return
     data = next((Path(text.removeprefix("data=")) for text in keys if text.startswith("data=")), None)
     if name != "demo" and data is None:
         parser.error("give the data as data=FOLDER")
@@ -168,7 +173,7 @@ def plan(study: Study, recipe: Recipe, chosen: dict[str, Any]) -> list[Settings]
     cells = [cell("CPI-FT", "method", chosen["cpift"])]
     cells += [method(study, name, chosen) for name in (*STAGED, *MERGES, *PEERS)]
     own = rates_of(recipe)
-    factor = {"rate": chosen["cpift"]["rate"], "integration": chosen["cpift"]["integration"]}
+    factor = chosen["cpift"]
 
     def ablation(name: str, *keys: str, **others: Any) -> Settings:
         return cell(name, "ablation", factor | others.pop("rates", {}), keys, **others)
@@ -211,8 +216,8 @@ def plan(study: Study, recipe: Recipe, chosen: dict[str, Any]) -> list[Settings]
         ablation("integration rate / 3", rates={"integration": factor["integration"] / 3}),
         ablation("integration rate x 3", rates={"integration": factor["integration"] * 3}),
     ]
-    if factor != {"rate": 1.0, "integration": 1.0}:
-        cells.append(ablation("the recipe's own rates", rates={"rate": 1.0, "integration": 1.0}))
+    if factor != dict.fromkeys(OWN, 1.0):
+        cells.append(ablation("the recipe's own rates", rates=dict.fromkeys(OWN, 1.0)))
     if study.propulsion:
         adapter = {"rate": 2e-3 / own["rate"], "integration": 6e-4 / own["integration"]}
         tuner = "tuner={peft_type: PROPULSION, target_modules: all-linear}"
@@ -243,10 +248,11 @@ def threshold(value: float) -> str:
 
 
 def cell(name: str, kind: str, rates: dict[str, float], keys: Sequence[str] = (), **others: Any) -> Settings:
-    """The settings of one run of the pipeline; rates are factors of the recipe's own."""
+    """The settings of one run of the pipeline; rates are factors of the recipe's own, `start` of the probes'."""
+    rates = {name: factor for name, factor in rates.items() if name != "start" or factor != 1.0}
     every = others.pop("every", name == "CPI-FT")
     switches = {"transplant": True, "freeze": True, "every": every} | others
-    return {"name": name, "kind": kind, "rates": dict(rates), "keys": list(keys), **switches}
+    return {"name": name, "kind": kind, "rates": rates, "keys": list(keys), **switches}
 
 
 def method(study: Study, name: str, chosen: dict[str, Any]) -> Settings:
@@ -257,7 +263,9 @@ def method(study: Study, name: str, chosen: dict[str, Any]) -> Settings:
         if "density" in own:
             keys.append(f"baselines.density={own['density']}")
         return cell(name, "method", {"rate": own["rate"], "integration": 1.0}, keys)
-    made = cell(name, "method", chosen["cpift"]) | {"baseline_rate": own["rate"]}
+    # of CPI-FT a peer takes the order and the number of tokens, on which the start has no influence
+    ours = {what: chosen["cpift"][what] for what in ("rate", "integration")}
+    made = cell(name, "method", ours) | {"baseline_rate": own["rate"]}
     if name in PEERS:
         strength = own["strength"] if name == "ewc" else 0.0
         peer = {"share": REPLAYED if name == "replay" else 0.0, "strength": strength}
@@ -282,17 +290,7 @@ def _work(place: Place, settings: Settings) -> dict[str, Any]:
     """The pipeline's run with its summary, or a peer's chain of stages, with the order of its tasks."""
     _be_quiet()
     recipe = open_recipe(place, settings["seed"], settings["split"])
-    own = rates_of(recipe)
-    keys = [
-        f"training.learning_rate={own['rate'] * settings['rates']['rate']!r}",
-        f"integration.training.learning_rate={own['integration'] * settings['rates']['integration']!r}",
-        *(["baselines.multi_task=false"] if "baselines.multi_task=true" not in settings["keys"] else []),
-        *settings["keys"],
-    ]
-    if "baseline_rate" in settings:
-        keys.append(f"baselines.training.learning_rate={own['rate'] * settings['baseline_rate']!r}")
-    if "scarce" in settings:
-        keys.append(f"tasks.{settings['scarce']}.train_samples={scarce_rows(recipe, settings['scarce'])}")
+    keys = keys_of(recipe, settings)
     recipe = open_recipe(place, settings["seed"], settings["split"], keys, settings.get("tasks"))
     cache = recipe.output.parent
     recipe.output = Path(tempfile.mkdtemp(dir=cache, prefix="run-"))
@@ -312,6 +310,25 @@ def _work(place: Place, settings: Settings) -> dict[str, Any]:
         }
     shutil.rmtree(recipe.output)
     return result
+
+
+def keys_of(recipe: Recipe, settings: Settings) -> list[str]:
+    """The keys of the recipe that a run changes."""
+    own = rates_of(recipe)
+    keys = [
+        f"training.learning_rate={own['rate'] * settings['rates']['rate']!r}",
+        f"integration.training.learning_rate={own['integration'] * settings['rates']['integration']!r}",
+        *(["baselines.multi_task=false"] if "baselines.multi_task=true" not in settings["keys"] else []),
+        *settings["keys"],
+    ]
+    if "start" in settings["rates"]:
+        rate = own["rate"] * settings["rates"]["rate"] * settings["rates"]["start"]
+        keys.append(f"fusion.training.learning_rate={rate!r}")
+    if "baseline_rate" in settings:
+        keys.append(f"baselines.training.learning_rate={own['rate'] * settings['baseline_rate']!r}")
+    if "scarce" in settings:
+        keys.append(f"tasks.{settings['scarce']}.train_samples={scarce_rows(recipe, settings['scarce'])}")
+    return keys
 
 
 def scarce_rows(recipe: Recipe, task: str) -> int:
@@ -407,22 +424,25 @@ def best(study: Study, identity: str, name: str, score) -> dict[str, float]:
     grids = {"rate": RATES}
     found = {"rate": 1.0}
     if name == "cpift":
-        grids, found = {"rate": RATES, "integration": RATES}, {"rate": 1.0, "integration": 1.0}
+        grids, found = dict.fromkeys(OWN, RATES), dict.fromkeys(OWN, 1.0)
     elif name == "ewc":
-        grids, found = {"strength": STRENGTHS, "rate": RATES}, {"rate": 1.0, "strength": 0.1}
+        grids, found = {"rate": RATES, "strength": STRENGTHS}, {"rate": 1.0, "strength": 0.1}
     elif name in FREEZING:
-        grids, found = {"percent": PERCENTS, "rate": RATES}, {"rate": 1.0, "percent": 10.0}
+        grids, found = {"rate": RATES, "percent": PERCENTS}, {"rate": 1.0, "percent": 10.0}
     elif name in MERGES and name != "linear":  # which keeps everything
         grids, found = {"rate": RATES, "density": DENSITIES}, {"rate": 1.0, "density": 0.2}
 
     def at(**values: float) -> float:
         values = found | values
-        chosen = {"cpift": {"rate": 1.0, "integration": 1.0}, name: values}
+        chosen = {"cpift": dict.fromkeys(OWN, 1.0), name: values}
         made = cell("CPI-FT", "method", values, every=False) if name == "cpift" else method(study, name, chosen)
         return score({"study": identity, "seed": TUNING_SEED, "split": "validation", **made})
 
-    for what, grid in grids.items():
-        found[what] = climb(grid, found[what], lambda value, what=what: at(**{what: value}))
+    before = None
+    while before != found:
+        before = dict(found)
+        for what, grid in grids.items():
+            found[what] = climb(grid, found[what], lambda value, what=what: at(**{what: value}))
     return found
 
 

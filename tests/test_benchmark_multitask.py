@@ -4,6 +4,7 @@ count, what is remembered against what is trained anew, to the bit, and the tabl
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from evidence.remembering import digest_weights, run_remembering, summarise
 from peft_cpift import CoreRegion, demo
 
 CHOSEN = {
-    "cpift": {"rate": 1.0, "integration": 1.0},
+    "cpift": {"rate": 1.0, "start": 0.3, "integration": 1.0},
     **{key: {"rate": 1.0, "density": 0.2} for key in (*multitask.STAGED, *multitask.MERGES)},
     **{key: {"rate": 1.0, "strength": 0.1, "percent": 10.0} for key in multitask.PEERS},
 }
@@ -148,20 +149,46 @@ def test_climbing_stops_at_the_top_and_at_the_edge():
     assert multitask.climb((1, 2, 3), 2, lambda value: 0) == 2  # of equals the one that was there
 
 
+def test_values_are_climbed_until_none_moves():
+    """The best share depends on the rate, and the first is climbed at a rate that is not the best one."""
+
+    def score(settings):
+        rate, percent = settings["baseline_rate"], settings["peer"]["freeze"]["percent"]
+        right = {1.0: 10.0, 0.3: 3.0, 0.1: 1.0}.get(rate, 30.0)
+        return -abs(rate - 0.1) - abs(math.log(percent / right)) / 100
+
+    found = multitask.best(DEMO, "x", "freeze_update", score)
+    assert found == {"rate": 0.1, "percent": 1.0}
+
+
+def test_the_rate_of_the_start_is_its_own(place):
+    own = {"rate": 0.3, "start": 0.1, "integration": 1.0}
+    assert multitask.cell("CPI-FT", "method", own)["rates"] == own
+    same = multitask.cell("CPI-FT", "method", own | {"start": 1.0})
+    assert same["rates"] == {"rate": 0.3, "integration": 1.0}
+    recipe = multitask.open_recipe(place, 0, "test")
+    rates = multitask.rates_of(recipe)
+    keys = multitask.keys_of(recipe, multitask.cell("CPI-FT", "method", own))
+    made = multitask.open_recipe(place, 0, "test", keys)
+    assert made.training["learning_rate"] == pytest.approx(0.3 * rates["rate"])
+    assert made.fusion.training["learning_rate"] == pytest.approx(0.03 * rates["rate"])
+    assert made.integration.training["learning_rate"] == pytest.approx(rates["integration"])
+
+
 def test_every_planned_recipe_is_valid_and_has_settings_of_its_own(place):
     recipe = multitask.open_recipe(place, 0, "test")
     cells = multitask.plan(DEMO, recipe, CHOSEN)
     assert len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
     assert len({(cell["kind"], cell["name"]) for cell in cells}) == len(cells)
     for cell in cells:
-        multitask.open_recipe(place, 0, "test", cell["keys"], cell.get("tasks"))
+        multitask.open_recipe(place, 0, "test", multitask.keys_of(recipe, cell), cell.get("tasks"))
 
 
 def test_the_page_is_made_from_the_file_alone(tmp_path):
     def model(score):
         return {"average": 10 * score, "scores": {"a": {"loss": 1.0, "score": score}}}
 
-    runs = []
+    runs, cells = [], []
     for seed in (0, 1):
         cost = {"tokens": 100, "seconds": 1.0}
         models = {"base": model(0.1), "probe a": model(0.9) | cost, "final": model(0.6 + seed / 10)}
@@ -170,10 +197,14 @@ def test_the_page_is_made_from_the_file_alone(tmp_path):
         for name, found in (("CPI-FT", result), ("replay", peer)):
             settings = {"study": "x", "seed": seed, "split": "test", "kind": "method", "name": name}
             runs.append({"settings": settings, "result": found, "seconds": 1, "machine": "here"})
+            cells.append({"kind": "method", "name": name})
+    stale = {**runs[0]["settings"], "rate": 3.0}
+    worse = {**runs[0]["result"], "models": {**models, "final": model(0.0)}}
     methods = of_methods(runs)
     assert methods["own probes"]["average"] == {0: 9.0, 1: 9.0}
     file = tmp_path / "demo.jsonl"
+    runs.append({**runs[0], "settings": stale, "result": worse})  # of a rate that is not chosen any more
     file.write_text("".join(json.dumps(run) + "\n" for run in runs))
-    page = write_page(file).read_text()
-    assert "| task after task, 20% replay | 5.50 ± 6.35 | **+1.00 ± 0.00** | 100 | 1 |" in page
+    page = write_page(file, cells).read_text()
+    assert "| task after task, 20% replay | 2 | 5.50 ± 6.35 | **+1.00 ± 0.00** | 100 | 1 |" in page
     assert file.with_suffix(".png").is_file()

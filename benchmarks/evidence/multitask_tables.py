@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence.intervals import Interval, difference, interval
-from evidence.runs import load
+from evidence.runs import key, load
 from peft_cpift.checkpoint import complete_file
 
 STAGED = ("multi_task", "random_stages", "heuristic_stages")
@@ -41,14 +41,27 @@ TITLES = {
     "own probes": "each task's own probe (five models)",
 }
 
+SHARED = ("study", "seed", "split")
 Values = dict[int, float]
 Run = dict[str, Any]
 
 
-def write_page(file: Path) -> Path:
-    """Write `<study>.md` and its figure next to a file of runs; return the page."""
+def write_page(file: Path, cells: Sequence[Mapping[str, Any]]) -> Path:
+    """Write `<study>.md` and its figure next to a file of runs; return the page.
+
+    Args:
+        file: the runs.
+        cells: the settings, but for study, seed and split, of those that are shown: a file may also have runs at rates
+            that are no longer chosen, since more was tried.
+    """
     runs = load(file)
-    tests = [run for run in runs if run["settings"]["split"] == "test"]
+    planned = {key(cell) for cell in cells}
+    tests = [
+        run
+        for run in runs
+        if run["settings"]["split"] == "test"
+        and key({name: value for name, value in run["settings"].items() if name not in SHARED}) in planned
+    ]
     if not tests:
         raise ValueError(f"{file} has no runs on the test split: run with --seeds first")
     studies = {run["settings"]["study"] for run in tests}
@@ -80,14 +93,15 @@ def write_page(file: Path) -> Path:
         "",
         "## Parts of the method",
         "",
-        "Each run has one thing changed, at the rates that were chosen for CPI-FT.",
+        "Each run has one thing changed, at the rates that were chosen for CPI-FT; Propulsion's are not tuned. Of so "
+        "many rows one in twenty is bold by chance.",
         "",
         *_ablation_table([run for run in tests if run["settings"]["kind"] == "ablation"], methods),
         "",
         "## Forgetting: two tasks, one after the other",
         "",
-        "A is learned, then B. Of CPI-FT, `after A` is A's probe. `A lost` is in points, `B gained` is over the model "
-        "before training.",
+        "A is learned, then B. Of CPI-FT, `after A` is A's probe, and its last stage sees some rows of A again, which "
+        "the others do not. `A lost` is in points, `B gained` is over the model before training.",
         "",
         *_pair_table([run for run in tests if run["settings"]["kind"] == "pair"]),
         "",
@@ -145,11 +159,13 @@ def show_difference(found: Interval, digits: int = 2) -> str:
 
 
 def _methods_table(methods: Mapping[str, Mapping[str, Values]]) -> list[str]:
-    lines = ["| method | average | CPI-FT minus it | tokens | seconds |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| method | seeds | average | CPI-FT minus it | tokens | seconds |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
     for method, values in _ranked(methods):
         against = "" if method == "CPI-FT" else _against(methods["CPI-FT"]["average"], values["average"])
         tokens, seconds = (interval(list(values[what].values())).mean for what in ("tokens", "seconds"))
-        lines.append(f"| {title(method)} | {_show(values['average'])} | {against} | {tokens:,.0f} | {seconds:,.0f} |")
+        cells = [title(method), str(len(values["average"])), _show(values["average"]), against]
+        lines.append(f"| {' | '.join(cells)} | {tokens:,.0f} | {seconds:,.0f} |")
     return lines
 
 
@@ -169,11 +185,13 @@ def _ablation_table(runs: Sequence[Run], methods: Mapping[str, Mapping[str, Valu
         method = result["methods"]["CPI-FT"]
         values[name][seed], tokens[name][seed] = result["models"][method["model"]]["average"], method["tokens"]
     full = methods["CPI-FT"]
-    lines = ["| changed | average | minus CPI-FT | tokens |", "| --- | ---: | ---: | ---: |"]
-    lines.append(f"| nothing | {_show(full['average'])} | | {interval(list(full['tokens'].values())).mean:,.0f} |")
+    lines = ["| changed | seeds | average | minus CPI-FT | tokens |", "| --- | ---: | ---: | ---: | ---: |"]
+    cost = interval(list(full["tokens"].values())).mean
+    lines.append(f"| nothing | {len(full['average'])} | {_show(full['average'])} | | {cost:,.0f} |")
     for name, scores in values.items():
         cost = interval(list(tokens[name].values())).mean
-        lines.append(f"| {name} | {_show(scores)} | {_against(scores, full['average'])} | {cost:,.0f} |")
+        against = _against(scores, full["average"])
+        lines.append(f"| {name} | {len(scores)} | {_show(scores)} | {against} | {cost:,.0f} |")
     return lines
 
 
@@ -241,7 +259,7 @@ def _tuning_table(runs: Sequence[Run]) -> list[str]:
         name = NAMES.get(settings["name"], settings["name"])
         rates = settings["rates"]
         if settings["name"] == "CPI-FT":
-            values = f"rate {rates['rate']:g}, integration {rates['integration']:g}"
+            values = f"rate {rates['rate']:g}, start {rates.get('start', 1):g}, integration {rates['integration']:g}"
         else:
             values = f"rate {settings.get('baseline_rate', rates['rate']):g}"
         values += f", strength {settings['peer']['strength']:g}" if settings["name"] == "ewc" else ""

@@ -85,6 +85,11 @@ COSTS = [
     *({"kind": "l2", "strength": much} for much in STRENGTHS),
     *({"kind": "replay", "share": share} for share in (0.05, 0.2)),
 ]
+DECAYS = [
+    {"kind": "decay", "by": "second_moment", "power": power, "strength": strength}
+    for power, strengths in ((1, (0.03, 0.1, 0.3, 1)), (0.5, (0.01, 0.03, 0.1)), (0, (0.01, 0.03)))
+    for strength in strengths
+]
 # What is compared, in the order in which it is computed: way of training, what else differs, protections, seeds.
 PLAN: dict[str, dict[str, Any]] = {
     "likely": {"protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY)]},
@@ -105,6 +110,9 @@ PLAN: dict[str, dict[str, Any]] = {
     "project": {"protect": [{"kind": "project", "gradients": count} for count in (8, 32)]},
     "sgd": {"way": "sgd", "protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in SGD_LIKELY)]},
     "propulsion": {"way": "propulsion", "protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY)]},
+    "decay": {"protect": DECAYS},
+    "decay_propulsion": {"way": "propulsion", "protect": [NONE, *DECAYS]},
+    "decay_lora": {"way": "lora", "protect": [NONE, *DECAYS]},
     "lora": {"way": "lora", "protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY)]},
     "longer": {"longer": 4, "protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY[:4])]},
     "gentler": {"times": 1 / 3, "protect": [NONE, *(freeze(by, p) for p in (1, 10) for by in LIKELY[:4])]},

@@ -143,8 +143,8 @@ def run_sequence(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
       another task whose measure it is; with `anywhere` each tensor's choice gives way to as many random entries of it
     - `restore`: the same coordinates are put back after the training, which is free
     - `ewc`, `l2`: elastic pull with a `strength`, weighted `by` a measure (of mean 1), or alike for all
-    - `decay`: after every step a coordinate goes back towards where it was, by 1 + rate * `strength` * weight, as
-      decoupled weight decay does; the weight is a `power` of a measure, of mean 1
+    - `decay`: after every step a coordinate's distance from where it was is divided by 1 + `strength` * weight, less by
+      as much as the rate is below its peak; the weight is a `power` of a measure, of mean 1
     - `project`: steps are freed of their part along so many `gradients` of the first task
     - `replay`: a `share` of the rows, 0 to 1, is the first task's
     """
@@ -283,7 +283,7 @@ def _elastic(model: nn.Module, records: dict[str, dict[str, Tensor]], protect: d
 
 
 def _decay(model: nn.Module, records: dict[str, dict[str, Tensor]], protect: dict[str, Any]):
-    """A context that learns the optimizer, whose rate the decay follows, and what is to be done after a step."""
+    """A context that learns the optimizer, whose rate is followed, and what is to be done after a step."""
     parameters, optimizers = trained(model), []
     weights = {name: records[protect["by"]][name].pow(protect["power"]) for name in parameters}
     size = sum(weight.numel() for weight in weights.values())
@@ -296,10 +296,11 @@ def _decay(model: nn.Module, records: dict[str, dict[str, Tensor]], protect: dic
 
     @torch.no_grad()
     def after_step() -> None:
-        rate = optimizers[0].param_groups[0]["lr"]
+        group = optimizers[0].param_groups[0]
+        strength = protect["strength"] * group["lr"] / group["initial_lr"]
         for name, parameter in parameters.items():
             there = records["end"][name]
-            parameter.sub_(there).div_(1 + rate * protect["strength"] / mean * weights[name]).add_(there)
+            parameter.sub_(there).div_(1 + strength / mean * weights[name]).add_(there)
 
     return around, after_step
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConsolidationCallback",
     "CoreIsolationCallback",
     "CoreRegion",
     "CpiftError",
@@ -21,6 +22,7 @@ __all__ = [
     "NoEffectWarning",
     "PropulsionConfig",
     "PropulsionModel",
+    "consolidate",
     "find_core_region",
     "freeze_core",
     "fuse",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ConsolidationCallback": "consolidation",
     "CoreIsolationCallback": "isolation",
     "CoreRegion": "core",
     "CpiftError": "errors",
@@ -42,6 +45,7 @@ _HOMES = {
     "NoEffectWarning": "errors",
     "PropulsionConfig": "propulsion",
     "PropulsionModel": "propulsion",
+    "consolidate": "consolidation",
     "find_core_region": "core",
     "freeze_core": "isolation",
     "fuse": "fusion",
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from peft_cpift.baselines import merge_baseline
+    from peft_cpift.consolidation import ConsolidationCallback, consolidate
     from peft_cpift.core import (
         CoreRegion,
         find_core_region,

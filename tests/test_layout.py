@@ -20,6 +20,7 @@ BELOW = {
     "baselines": {"fusion", "checkpoint", "errors"},
     "isolation": {"core", "errors"},
     "importance": {"isolation", "checkpoint", "core", "errors"},
+    "consolidation": {"isolation", "checkpoint", "core", "errors"},
     "propulsion": {"errors"},
     "report": {"checkpoint", "errors"},
     "hub": {"report", "core", "checkpoint", "errors"},
@@ -34,7 +35,7 @@ BELOW = {
         *("checkpoint", "propulsion", "errors"),
     },
     "cli": {"pipeline", "recipe", "processes", "report", "hub", "fusion", "core", "checkpoint", "demo", "errors"},
-    "__init__": {"baselines", "fusion", "importance", "isolation", "core", "propulsion", "errors"},
+    "__init__": {"baselines", "consolidation", "fusion", "importance", "isolation", "core", "propulsion", "errors"},
 }
 # These need no library of training, whose loading takes seconds; tests/test_import.py looks at what is really loaded.
 WITHOUT_TRAINING = {"errors", "checkpoint", "core", "fusion", "demo"}

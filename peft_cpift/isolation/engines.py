@@ -73,6 +73,10 @@ class Whole:
         """The whole tensor that has `values` at the positions of `stored`; all processes call this together."""
         return values
 
+    def cut(self, whole: Tensor) -> Tensor:
+        """What of a whole tensor, which every process has, is at the positions of `stored`: `gather` undone."""
+        return whole
+
 
 class Sharded(Whole):
     """A DTensor, as FSDP2 and tensor parallelism make them: any mix of shards and replicas, even or not."""
@@ -132,6 +136,11 @@ class Sharded(Whole):
         )
         return whole.full_tensor()
 
+    @override
+    def cut(self, whole: Tensor) -> Tensor:
+        like = self.parameter
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
 
 class MasterPiece(Whole):
     """A parameter under DeepSpeed ZeRO, which steps on a piece of a flat master copy and refreshes the rest from it.
@@ -181,6 +190,13 @@ class MasterPiece(Whole):
         part = whole[self.start : self.start + values.numel()]
         part.copy_(values[: part.numel()])  # ZeRO-3 pads the last pieces, some of nothing else
         return reduce_(whole).view(self.shape)  # every entry is one process's, and zero on the others
+
+    @override
+    def cut(self, whole: Tensor) -> Tensor:
+        piece = whole.new_zeros(self.master.numel())  # as long as the last pieces are padded
+        part = whole.flatten()[self.start : self.start + piece.numel()]
+        piece[: part.numel()] = part
+        return piece
 
     def _is_part_of(self, flat: Tensor) -> bool:
         return (

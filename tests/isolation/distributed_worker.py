@@ -32,7 +32,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from peft_cpift import CoreIsolationCallback, CpiftError, ImportanceCallback, freeze_core, save_importance
+from peft_cpift import (
+    ConsolidationCallback,
+    CoreIsolationCallback,
+    CpiftError,
+    ImportanceCallback,
+    freeze_core,
+    save_importance,
+)
 
 # A process that waits for another one longer than this shows where, and ends; nothing here takes as long.
 HANGS_AFTER = timedelta(seconds=60)
@@ -264,6 +271,9 @@ def run_trainer(scenario: dict, folder: Path) -> dict:
     isolation = CoreIsolationCallback(frozen, verify=scenario.get("verify", "end"))
     importance = folder / scenario["importance"] if "importance" in scenario else None
     callbacks = [watcher, isolation, ImportanceCallback(importance)]
+    if "pull" in scenario:
+        pull = {"anchor": scenario.get("anchor"), "strength": scenario["pull"]}
+        callbacks.append(ConsolidationCallback(folder / "pull.safetensors", **pull))
     if "meddler" in scenario:
         callbacks.append(Meddler(**scenario["meddler"]))
     trainer = SFTTrainer(

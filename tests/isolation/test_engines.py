@@ -229,6 +229,9 @@ def setting(tiny_model, sums, tmp_path_factory) -> Setting:
     for name, region in regions.items():
         region.save(folder / f"{name}.safetensors")
     (folder / "data.json").write_text(json.dumps(list(sums)))
+    importance = {name: torch.rand(tensor.shape).bfloat16() for name, tensor in before["full"].items()}
+    metadata = {"format": "peft_cpift.importance", "version": "1", "measure": "second_moment", "untrained": "[]"}
+    save_file(importance, folder / "pull.safetensors", metadata)
     return Setting(folder, before, regions)
 
 
@@ -240,13 +243,31 @@ def training(name: str, tuner: str, engine: str, **more) -> dict:
     return {"name": name, "engine": engine, "tuner": tuner, "frozen": frozen_files(tuner), "verify": "step"} | more
 
 
+PULLED_ZERO12 = ("zero1", "zero2", "zero2-bf16", "zero1-accum32", "zero2-offload")
+PULLED_ZERO3 = ("zero3", "zero3-bf16", "zero3-pieces", "zero3-offload")
+
+
+def pulled(name: str, engine: str, **more) -> dict:
+    """As `training`, pulled back after every step as well: half of the way at the mean weight."""
+    return training(f"{name}-pulled", "full", engine, **{"pull": 1.0, "settings": SAVING} | more)
+
+
+def pulled_on(setting: Setting, name: str, engine: str, **more) -> dict:
+    """The same, resumed."""
+    resume = {"resume": str(setting.folder / f"{name}-pulled" / "checkpoint-2"), "settings": {}}
+    scenario = pulled(name, engine, anchor=str(setting.folder / "model"), **resume, **more)
+    return scenario | {"name": f"{name}-pulled-on"}
+
+
 @pytest.fixture(scope="module")
 def alone(setting) -> Runs:
     """One process: plain; and for bfloat16, where the engine decides what is rounded, under the engine."""
     scenarios = [
         *(training(f"alone-{tuner}", tuner, "none", settings=SAVING) for tuner in TUNERS),
+        pulled("alone", "none"),
         training("alone-fsdp2-bf16-full", "full", "fsdp2", bf16=True),
         training("alone-bf16-full", "full", "deepspeed", **ZERO["zero2-bf16"]),
+        pulled("alone-bf16", "deepspeed", **ZERO["zero2-bf16"]),
     ]
     return launch(setting.folder, 0, scenarios)
 
@@ -285,6 +306,8 @@ def ddp(alone, setting) -> Runs:
         {"name": "ddp-loop", "engine": "ddp", "loop": True},
         {"name": "ddp-loop-no-sync", "engine": "ddp", "loop": True, "no_sync": True},
         {"name": "ddp-loop-views", "engine": "ddp", "loop": True, "settings": {"gradient_as_bucket_view": True}},
+        pulled("ddp", "ddp"),
+        pulled_on(setting, "ddp", "ddp"),
         training("ddp-tampered", "full", "ddp", resume=str(tamper(one, setting)), error=True),
         training("ddp-meddler", "full", "ddp", meddler=meddler, error=True),
         training("ddp-wrong-names", "full", "ddp", frozen="wrong", error=True),
@@ -310,6 +333,8 @@ def fsdp2(setting) -> Runs:
         training("fsdp2-bf16-full", "full", "fsdp2", bf16=True),
         training("fsdp2-resume", "full", "fsdp2", resume=str(two)),
         {"name": "fsdp2-loop", "engine": "fsdp2", "loop": True},
+        pulled("fsdp2", "fsdp2"),
+        pulled_on(setting, "fsdp2", "fsdp2"),
         training("fsdp2-meddler", "full", "fsdp2", meddler=meddler, error=True),
         training("fsdp2-wrong-names", "full", "fsdp2", frozen="wrong", error=True),
         training("fsdp2-sgd", "full", "fsdp2", settings=SGD, error=True),
@@ -362,6 +387,8 @@ def zero12(setting) -> Runs:
         zero_resumed(setting, "zero2"),
         zero_loop("zero1"),
         zero_loop("zero2"),
+        *(pulled(name, "deepspeed", **(ZERO | ZERO_VARIANTS)[name]) for name in PULLED_ZERO12),
+        pulled_on(setting, "zero2", "deepspeed", **ZERO["zero2"]),
         *zero_failures(setting, "zero2"),
     ]
     return launch(setting.folder, 2, scenarios)
@@ -387,6 +414,8 @@ def zero3(setting) -> Runs:
         *(zero_training(name, "full") for name in ("zero3-bf16", "zero3-pieces", "zero3-offload")),
         zero_resumed(setting, "zero3"),
         zero_loop("zero3"),
+        *(pulled(name, "deepspeed", **(ZERO | ZERO_VARIANTS)[name]) for name in PULLED_ZERO3),
+        pulled_on(setting, "zero3", "deepspeed", **ZERO["zero3"]),
         *zero_failures(setting, "zero3"),
     ]
     return launch(setting.folder, 2, scenarios)
@@ -588,6 +617,33 @@ def test_importance_is_the_root_of_the_whole_second_moment(request, alone, setti
         reference = load_file(setting.folder / case.alone / "importance.safetensors")
         for name, moment in written.items():
             torch.testing.assert_close(moment, reference[name], rtol=2e-2, atol=1e-6)
+
+
+PULLED = [
+    *(("ddp", "ddp-pulled"), ("ddp", "ddp-pulled-on"), ("fsdp2", "fsdp2-pulled"), ("fsdp2", "fsdp2-pulled-on")),
+    *(("zero12", f"{name}-pulled") for name in PULLED_ZERO12),
+    *(("zero3", f"{name}-pulled") for name in PULLED_ZERO3),
+    *(("zero12", "zero2-pulled-on"), ("zero3", "zero3-pulled-on")),
+]
+
+
+@pytest.mark.parametrize(("launch", "name"), marked(PULLED))
+def test_the_pull_is_that_of_one_process(request, alone, setting, launch, name):
+    """The anchor is what each process has of the parameters, or of the model's file where a training is resumed."""
+    bf16 = "bf16" in name or "accum32" in name
+    (reference,) = alone["alone-bf16-pulled" if bf16 else "alone-pulled"]
+    (free,) = alone["alone-bf16-full" if bf16 else "alone-full"]
+    for result in request.getfixturevalue(launch)[name]:
+        for parameter, tensor in result["parameters"].items():
+            close(tensor, reference["parameters"][parameter], bf16)
+            if "master" in result:
+                assert torch.equal(tensor, result["master"][parameter].to(tensor.dtype)), parameter
+            start = setting.before["full"][parameter]
+            pulled_by, went = (
+                (reference["parameters"][parameter] - start).norm(),
+                (free["parameters"][parameter] - start).norm(),
+            )
+            assert pulled_by < 0.9 * went or not went, parameter
 
 
 @pytest.mark.parametrize("case", marked([case for case in CASES if case.optimizer]))
@@ -805,6 +861,7 @@ def check_place(place: Sharded, pieces: Tensor, whole: Tensor) -> tuple[Tensor, 
     indices = chosen(whole.numel())
     here, positions = place.locate(indices)
     assert torch.equal(here, torch.isin(indices, pieces))
+    assert torch.equal(place.cut(whole.view(place.shape)), place.stored())
     for one, other in zip(place.locate(indices.int()), (here, positions), strict=True):
         assert torch.equal(one, other.to(one.dtype)), "compact indices are found elsewhere"
     assert torch.equal(pieces.reshape(-1)[positions], indices[here])
@@ -941,6 +998,7 @@ def test_pieces_under_zero1_and_2_are_located():
         here, positions = place.locate(asked)
         values = take(place.stored(), positions)
         assert torch.equal(values, whole.view(-1)[asked[here]])
+        assert torch.equal(place.cut(whole), place.stored())
         if bounds is None:
             assert place.visible().numel() == 0
             flat = nn.Parameter(torch.zeros(3))
@@ -977,6 +1035,8 @@ def test_pieces_under_zero3_are_located(shape, world):
             assert place.counts()
             here, positions = place.locate(asked)
             assert torch.equal(take(place.visible(), positions), asked[here])
+            assert torch.equal(take(place.cut(asked.view(shape)), positions), asked[here])
+            assert place.cut(asked.view(shape)).shape == master.shape
             counted[asked[here]] += 1
     assert torch.equal(counted, torch.zeros_like(counted).index_fill_(0, asked, 1))
 

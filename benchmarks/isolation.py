@@ -1,4 +1,4 @@
-"""What core isolation costs a training step, beside nothing frozen and beside the usual dense masks.
+"""What core isolation and consolidation cost a training step, beside nothing and beside the usual dense forms.
 
     python benchmarks/isolation.py                                  # float32 on the CPU, about 10 minutes
     python benchmarks/isolation.py --device cuda --dtype bfloat16   # a larger batch
@@ -13,6 +13,9 @@ Every method has its own copy of the model and optimizer; all start from the sam
   `cpift/masked_grad_norm` in every step, where a training does so when it logs.
 - dense: a bool mask and a full copy for every parameter; `grad.mul_(mask)` before clipping, and `torch.where` with the
   copy after the step.
+- consolidation: `Consolidation`, which is what `ConsolidationCallback` and `consolidate` use; of all coordinates.
+- EWC: elastic weight consolidation as it is usually written, a quadratic penalty in the gradients before clipping,
+  with a full copy, and the Fisher information in the parameters' dtype.
 
 - step: forward, backward, clipping, optimizer. Each round runs every method once, in shuffled order; a ratio is formed
   within a round, and the table gives the median over the rounds and [quartiles].
@@ -23,7 +26,8 @@ Every method has its own copy of the model and optimizer; all start from the sam
 - sync (GPU): whether a step of the method runs under `torch.cuda.set_sync_debug_mode("error")`.
 
 Before anything is timed: after three steps frozen coordinates are the same to the bit, and ours and dense have moved
-the others alike (within 1e-5 in float32), which the free ones have not.
+the others alike (within 1e-5 in float32), which the free ones have not; and both kinds of consolidation have come less
+far than the free steps.
 """
 
 from __future__ import annotations
@@ -45,10 +49,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from peft_cpift import CoreRegion
 from peft_cpift.checkpoint import complete_file
 from peft_cpift.checkpoint.writer import write_json
+from peft_cpift.consolidation import Consolidation
 from peft_cpift.isolation import FrozenCore
 
 RESULTS = Path(__file__).parent / "results" / "isolation"
 FREE, OURS, LOGGED, DENSE = "free", "ours", "ours, logged", "dense"
+PULL, EWC = "consolidation", "EWC"
 PERCENTS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 SIZES = {  # layers, width, inner width, heads, vocabulary; rows and tokens of a batch
@@ -176,6 +182,53 @@ class Dense(Training):
         return [*self.masks, *self.copies]
 
 
+class Pulled(Training):
+    """Consolidation by a hook on the optimizer, as hard as it gets within three steps."""
+
+    def __init__(self, base: nn.Module, ids: Tensor) -> None:
+        super().__init__(base, ids)
+        self.pull = Consolidation(self.model, draw_importance(self.model), strength=1.0)
+        self.pull.attach(self.optimizer)
+
+    def added(self) -> None:
+        """Call the hook as the optimizer does."""
+        for hook in self.optimizer._optimizer_step_post_hooks.values():
+            hook(self.optimizer, (), {})
+
+    def kept(self) -> list[Tensor]:
+        """A copy and a weight of every coordinate."""
+        return [tensor for held in self.pull._held for tensor in (held.anchor, held.weight)]
+
+
+class Elastic(Training):
+    """A quadratic penalty's gradient."""
+
+    def __init__(self, base: nn.Module, ids: Tensor) -> None:
+        super().__init__(base, ids)
+        self.copies = [parameter.detach().clone() for parameter in self.parameters]
+        importance = draw_importance(self.model)
+        self.weights = [importance[name].to(p.dtype).square() for name, p in self.model.named_parameters()]
+
+    @torch.no_grad()
+    def before_clipping(self) -> None:
+        """Add the penalty's gradient."""
+        for parameter, copied, weight in zip(self.parameters, self.copies, self.weights, strict=True):
+            parameter.grad.addcmul_(parameter - copied, weight, value=10.0)
+
+    def kept(self) -> list[Tensor]:
+        """Copies and weights."""
+        return [*self.copies, *self.weights]
+
+
+def draw_importance(model: nn.Module) -> dict[str, Tensor]:
+    """Random root mean squares of gradients."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.rand(parameter.shape, generator=generator).bfloat16().to(parameter.device)
+        for name, parameter in model.named_parameters()
+    }
+
+
 def check(methods: dict[str, Training], base: nn.Module, region: CoreRegion) -> None:
     """Take three steps, and make sure that the methods freeze what they should and train the rest alike."""
     for method in methods.values():
@@ -192,6 +245,9 @@ def check(methods: dict[str, Training], base: nn.Module, region: CoreRegion) -> 
                 raise SystemExit(f"{kind}: frozen coordinates of {name} moved")
         if torch.equal(now[FREE].flatten()[index], before):
             raise SystemExit(f"free: no coordinate of {name} moved")
+        for kind in (PULL, EWC):
+            if exact and not (now[kind] - start[name]).norm() < (now[FREE] - start[name]).norm():
+                raise SystemExit(f"{kind}: {name} moved as far as without it")
         if exact and not (now[OURS] - now[DENSE]).abs().max() < 1e-5:
             raise SystemExit(f"ours and dense trained {name} differently")
 
@@ -238,6 +294,8 @@ def measure(base: nn.Module, ids: Tensor, rounds: int, percent: float) -> dict[s
         OURS: Ours(base, ids, region),
         LOGGED: Ours(base, ids, region, logged=True),
         DENSE: Dense(base, ids, region),
+        PULL: Pulled(base, ids),
+        EWC: Elastic(base, ids),
     }
     check(methods, base, region)
     seconds = TUNER.interleave({name: method.step for name, method in methods.items()}, rounds)
@@ -302,9 +360,9 @@ def make_page(report: dict[str, Any]) -> str:
         for percent, row in report["growth"].items()
     ]
     return (
-        f"# Cost of core isolation\n\n{settings}\n\n{report['step']['frozen']:,} of {report['parameters']:,} "
-        "coordinates frozen. Times in ms, ratios as median [quartiles]; `benchmarks/isolation.py` says what each word "
-        "means.\n\n"
+        f"# Cost of core isolation and consolidation\n\n{settings}\n\n{report['step']['frozen']:,} of "
+        f"{report['parameters']:,} coordinates frozen. Times in ms, ratios as median [quartiles]; "
+        "`benchmarks/isolation.py` says what each word means.\n\n"
         + TUNER.table(["method", "step", "step / free", "added", "added / free", "kept", "sync"], rows)
         + "\n## By the size of the core\n\n"
         + TUNER.table(["core", "frozen", "ours added", "dense added", "ours kept", "dense kept"], growth)

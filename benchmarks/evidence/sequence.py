@@ -143,8 +143,8 @@ def run_sequence(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
       another task whose measure it is; with `anywhere` each tensor's choice gives way to as many random entries of it
     - `restore`: the same coordinates are put back after the training, which is free
     - `ewc`, `l2`: elastic pull with a `strength`, weighted `by` a measure (of mean 1), or alike for all
-    - `decay`: after every step a coordinate's distance from where it was is divided by 1 + `strength` * weight, less by
-      as much as the rate is below its peak; the weight is a `power` of a measure, of mean 1
+    - `decay`: after every step a coordinate's distance from where it was is divided by 1 + `strength` * weight, the
+      strength falling with the rate; the weight is a `power` of a measure, of mean 1
     - `project`: steps are freed of their part along so many `gradients` of the first task
     - `replay`: a `share` of the rows, 0 to 1, is the first task's
     """

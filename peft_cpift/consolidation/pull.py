@@ -35,6 +35,7 @@ from peft_cpift.isolation.optimizer_state import COPIES
 STRENGTH = 0.1
 WEIGHT_DTYPE = torch.bfloat16  # a relative error of 1 / 256 is nothing to a weight, and float16 would overflow
 SAME = 1e-6
+CPU_PART, GPU_PART = 2**18, 2**26  # coordinates that are pulled at a time
 
 
 @dataclass
@@ -286,7 +287,18 @@ def _hold(name: str, place: Whole, weight: Tensor, anchors: Tensors | None) -> _
 
 
 def _pull(stored: Tensor, anchor: Tensor, weight: Tensor, strength: float) -> None:
-    """In float32 or better, in which also what is in bfloat16 is pulled as far as its rounding lets it."""
+    """Part by part, so that what is formed on the way stays in a CPU's cache, and is no second model on a GPU."""
+    if not stored.is_contiguous():
+        _pull_part(stored, anchor, weight, strength)
+        return
+    size = CPU_PART if stored.device.type == "cpu" else GPU_PART
+    flat = (tensor.view(-1).split(size) for tensor in (stored, anchor, weight))
+    for part in zip(*flat, strict=True):
+        _pull_part(*part, strength)
+
+
+def _pull_part(stored: Tensor, anchor: Tensor, weight: Tensor, strength: float) -> None:
+    # In float32 or better, in which also what is in bfloat16 is pulled as far as its rounding lets it.
     dtype = torch.promote_types(stored.dtype, torch.float32)
     share = weight.to(dtype).mul_(strength)
     share.div_(share + 1)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from peft_cpift import CoreRegion, CpiftError, NoEffectWarning, PropulsionConfig, consolidate, freeze_core
 from peft_cpift import save_importance as save
 from peft_cpift.consolidation import Consolidation
+from peft_cpift.consolidation import pull as module
 from peft_cpift.consolidation.pull import _pull
 
 
@@ -153,6 +154,18 @@ def test_no_strength_pulls_beyond_the_anchor(value, anchor, weight, strength):
     low, high = sorted((value, anchor))
     slack = 1e-6 * max(abs(low), abs(high))
     assert low - slack <= stored.item() <= high + slack
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_large_tensors_are_pulled_in_parts(monkeypatch, contiguous):
+    monkeypatch.setattr(module, "CPU_PART", 7)
+    torch.manual_seed(0)
+    stored, anchor, weight = torch.randn(5, 9), torch.randn(5, 9), torch.rand(5, 9).bfloat16()
+    expected = anchor + (stored - anchor) / (1 + weight.float() * 0.5)
+    if not contiguous:
+        stored, anchor = stored.t().contiguous().t(), anchor.t().contiguous().t()
+    _pull(stored, anchor, weight, 0.5)
+    torch.testing.assert_close(stored, expected)
 
 
 def test_values_in_bfloat16_are_pulled_as_in_float32_and_rounded_once():

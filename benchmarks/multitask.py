@@ -56,6 +56,7 @@ TUNING_SEED = 1000
 VALIDATION_ROWS = 200
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # times the recipe's own
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+PULLS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of `ConsolidationCallback`
 DENSITIES = (0.1, 0.2, 0.5, 1.0)
 PERCENTS = (1.0, 3.0, 10.0, 30.0)
 OWN = ("rate", "start", "integration")
@@ -269,6 +270,8 @@ def method(study: Study, name: str, chosen: dict[str, Any]) -> Settings:
     if name in PEERS:
         strength = own["strength"] if name == "ewc" else 0.0
         peer = {"share": REPLAYED if name == "replay" else 0.0, "strength": strength}
+        if name == "consolidation":
+            peer["pull"] = own["strength"]
         if name in FREEZING:
             peer["freeze"] = {"by": FREEZING[name], "percent": own["percent"]}
         return made | {"peer": peer}
@@ -427,6 +430,8 @@ def best(study: Study, identity: str, name: str, score) -> dict[str, float]:
         grids, found = dict.fromkeys(OWN, RATES), dict.fromkeys(OWN, 1.0)
     elif name == "ewc":
         grids, found = {"rate": RATES, "strength": STRENGTHS}, {"rate": 1.0, "strength": 0.1}
+    elif name == "consolidation":
+        grids, found = {"rate": RATES, "strength": PULLS}, {"rate": 1.0, "strength": 0.1}
     elif name in FREEZING:
         grids, found = {"rate": RATES, "percent": PERCENTS}, {"rate": 1.0, "percent": 10.0}
     elif name in MERGES and name != "linear":  # which keeps everything

@@ -142,6 +142,17 @@ def test_what_is_remembered_is_what_is_trained(place, tmp_path):
         assert held == len(region)
         assert moved > 0.8 * region.total
 
+    away = {}
+    for pull in (1e-9, 1.0):
+        folder = tmp_path / f"peer-pull-{pull}"
+        peer = {"share": 0.0, "strength": 0.0, "pull": pull}
+        done = train_chain(plain, ["sort", "reverse"], peer, tokens, folder)
+        assert done["tokens"] == pytest.approx(tokens, rel=0.2)
+        before, after = (load_file(folder / task / "model.safetensors") for task in ("sort", "reverse"))
+        mattered = load_file(folder / "sort" / "importance.safetensors")
+        away[pull] = sum(((after[n] - before[n]) * mattered[n].float()).square().sum().item() for n in mattered)
+    assert away[1.0] < 0.5 * away[1e-9]
+
 
 def test_climbing_stops_at_the_top_and_at_the_edge():
     assert multitask.climb((1, 2, 3, 4, 5), 2, lambda value: -abs(value - 4)) == 4

@@ -10,6 +10,8 @@ many tokens as they are given epochs for.
   single rows, and is scaled to a mean of 1 for each task: so the strength means the same for all models and tasks.
 - freeze_update, freeze_moment: after every stage its core region, found by how far it moved coordinates or by the
   optimizer's second moment, is frozen for good. This is what anyone can do with our two callbacks, without probes.
+- consolidation: what mattered to earlier stages, by their second moments, pulls the coordinates back. This is what
+  `ConsolidationCallback` does.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from peft_cpift import find_core_region
+from peft_cpift import ConsolidationCallback, ImportanceCallback, find_core_region
 from peft_cpift.data import tasks as rows
 from peft_cpift.evaluation.likelihood import completion_losses
 from peft_cpift.importance.callback import FILE as IMPORTANCE
@@ -113,7 +115,8 @@ def train_chain(run: Run, order: Sequence[str], peer: Mapping[str, Any], tokens:
     Args:
         run: its recipe, data and settings of the baselines, and its folder with the start.
         peer: `share` of replayed rows, 0 for none, the pull's `strength`, 0 for none, and `freeze`, if at all: which
-            cores `by` (an importance of `find_core_region`) and how many `percent`.
+            cores `by` (an importance of `find_core_region`) and how many `percent`; or `pull`, the strength of
+            `ConsolidationCallback`.
         folder: an empty one; what the last task leaves is in `<the last task>`.
 
     Returns:
@@ -133,7 +136,13 @@ def train_chain(run: Run, order: Sequence[str], peer: Mapping[str, Any], tokens:
         output.mkdir(parents=True)
         work = folder / "checkpoints" / task
         if peer["strength"] and number:
-            done = _train_elastic(run, start, stage, fields, output, work, elastic)
+            done = _train_elastic(run, start, stage, fields, output, work, elastic=elastic)
+        elif "pull" in peer:
+            callbacks = [ImportanceCallback(output / IMPORTANCE)]
+            if number:
+                files = [folder / earlier / IMPORTANCE for earlier in order[:number]]
+                callbacks.append(ConsolidationCallback(files, strength=peer["pull"]))
+            done = _train_elastic(run, start, stage, fields, output, work, callbacks=callbacks)
         else:
             moment = output / IMPORTANCE if freeze and freeze["by"] == "second_moment" else None
             training = train(
@@ -151,8 +160,10 @@ def train_chain(run: Run, order: Sequence[str], peer: Mapping[str, Any], tokens:
     return {**total, "path": start}
 
 
-def _train_elastic(run: Run, start: Path, stage: Dataset, fields, output: Path, work: Path, elastic: Elastic) -> dict:
-    """As `pipeline.train.train`, with a pull."""
+def _train_elastic(
+    run: Run, start: Path, stage: Dataset, fields, output: Path, work: Path, *, callbacks=(), elastic=None
+) -> dict:
+    """As `pipeline.train.train`, with a pull of either kind."""
     args = SFTConfig(output_dir=work, seed=run.recipe.seed, **machine_settings() | fields | {"save_strategy": "no"})
     model, record = load_model(run.recipe, start, to_train=True), _Record()
     trainer = ElasticTrainer(
@@ -160,10 +171,10 @@ def _train_elastic(run: Run, start: Path, stage: Dataset, fields, output: Path, 
         args=args,
         train_dataset=stage,
         processing_class=run.tokenizer,
-        callbacks=[record, KeepsDtypes(model)],
+        callbacks=[record, KeepsDtypes(model), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.record, trainer.elastic = record, elastic
+    trainer.record, trainer.elastic = record, elastic or Elastic(0.0)
     result = trainer.train()
     save_model(model, run.tokenizer, output)
     trainer.accelerator.free_memory()

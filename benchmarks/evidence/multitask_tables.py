@@ -16,7 +16,7 @@ from evidence.runs import key, load
 from peft_cpift.checkpoint import complete_file
 
 STAGED = ("multi_task", "random_stages", "heuristic_stages")
-PEERS = ("sequence", "replay", "ewc", "freeze_update", "freeze_moment")
+PEERS = ("sequence", "replay", "ewc", "freeze_update", "freeze_moment", "consolidation")
 MERGES = ("linear", "ties", "dare_linear", "dare_ties")
 NAMES = {
     "multi_task": "multi-task",
@@ -37,6 +37,7 @@ TITLES = {
     "ewc": "task after task, EWC",
     "freeze_update": "task after task, cores by update frozen",
     "freeze_moment": "task after task, cores by second moment frozen",
+    "consolidation": "task after task, `ConsolidationCallback`",
     "base": "before training",
     "own probes": "each task's own probe (five models)",
 }
@@ -262,9 +263,11 @@ def _tuning_table(runs: Sequence[Run]) -> list[str]:
             values = f"rate {rates['rate']:g}, start {rates.get('start', 1):g}, integration {rates['integration']:g}"
         else:
             values = f"rate {settings.get('baseline_rate', rates['rate']):g}"
-        values += f", strength {settings['peer']['strength']:g}" if settings["name"] == "ewc" else ""
+        peer = settings.get("peer", {})
+        strength = peer.get("pull") or peer.get("strength")
+        values += f", strength {strength:g}" if strength else ""
         density = next((text for text in settings["keys"] if text.startswith("baselines.density=")), None)
-        freeze = settings.get("peer", {}).get("freeze")
+        freeze = peer.get("freeze")
         values += f", {freeze['percent']:g}%" if freeze else ""
         values += f", density {density.partition('=')[2]}" if density else ""
         average = -1.0 if "diverged" in result else result["models"][result["methods"][name]["model"]]["average"]

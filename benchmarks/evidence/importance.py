@@ -6,7 +6,8 @@
 - `magnitude`: its size after training, |θ1|
 - `consistency`: how far it moved, relative to the way it took
 - `path`: the sum over the steps of -gradient times step: its part in the loss's fall (synaptic intelligence)
-- `squared_gradient`: the sum over the steps of the batch gradient's square
+- `squared_gradient`: the sum over the steps of the batch gradient's square, clipped as the optimizer gets it, as in
+  `path` and `second_moment`
 - `second_moment`: the same as AdamW remembers it when the training ends, its `exp_avg_sq`
 - `fisher`: the mean over rows of the squared gradient after training (empirical Fisher information)
 - `put_back`: `fisher` times the squared update: the second-order rise of the loss if it were put back

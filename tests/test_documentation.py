@@ -18,6 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import accelerate.optimizer  # noqa: F401  (it loads DeepSpeed, which prints a line that is no example's)
 import matplotlib.pyplot as plt
 import pytest
 import torch

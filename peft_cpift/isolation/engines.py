@@ -170,7 +170,7 @@ class MasterPiece(Whole):
     @override
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         for flat, state in optimizer.state.items():
-            if self._is_part_of(flat):
+            if self.is_part_of(flat):
                 offset = self.master.storage_offset() - flat.storage_offset()
                 return {
                     name: value.narrow(0, offset, self.master.numel())
@@ -182,7 +182,7 @@ class MasterPiece(Whole):
     @override
     def moved_in(self, optimizer: torch.optim.Optimizer) -> bool:
         # DeepSpeed steps on one flat tensor at a time, and shows the optimizer no other meanwhile.
-        return any(self._is_part_of(flat) for group in optimizer.param_groups for flat in group["params"])
+        return any(self.is_part_of(flat) for group in optimizer.param_groups for flat in group["params"])
 
     @override
     def gather(self, values: Tensor) -> Tensor:
@@ -198,7 +198,8 @@ class MasterPiece(Whole):
         piece[: part.numel()] = part
         return piece
 
-    def _is_part_of(self, flat: Tensor) -> bool:
+    def is_part_of(self, flat: Tensor) -> bool:
+        """Whether `flat`, on which the optimizer steps, has this process's piece in it."""
         return (
             self.master.numel() > 0 and flat.untyped_storage().data_ptr() == self.master.untyped_storage().data_ptr()
         )

@@ -80,15 +80,17 @@ def test_the_pull_follows_the_trainers_schedule(learned, rows, tmp_path):
         def on_optimizer_step(self, args, state, control, *, model, **kwargs):
             moves.append(model.model.embed_tokens.weight.detach().clone())
 
-    # The first hook that is registered runs first: this one sees what AdamW alone did.
+    # Put before the pull, this one sees what AdamW alone did.
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs):
-            optimizer.optimizer.register_step_post_hook(
+            inner = optimizer.optimizer
+            handle = inner.register_step_post_hook(
                 lambda *_: moves.append(model.model.embed_tokens.weight.detach().clone())
             )
+            inner._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
 
     pull = ConsolidationCallback(learned / "importance.safetensors", strength=0.4)
-    trainer = make_trainer(learned, rows, tmp_path, [Watch(), pull, recorder, Moves()])
+    trainer = make_trainer(learned, rows, tmp_path, [pull, Watch(), recorder, Moves()])
     anchor = trainer.model.model.embed_tokens.weight.detach().clone()
     importance = load_file(learned / "importance.safetensors")
     mean = torch.cat([tensor.double().square().flatten() for tensor in importance.values()]).mean()
@@ -172,6 +174,38 @@ def test_wrong_arguments_are_refused_when_it_is_made(learned, tmp_path):
             ConsolidationCallback(*arguments)
     with pytest.raises(CpiftError, match="strength must be a number above 0"):
         ConsolidationCallback(learned / "importance.safetensors", strength=0)
+    with pytest.raises(CpiftError, match="nowhere"):
+        ConsolidationCallback(learned / "importance.safetensors", anchor=tmp_path / "nowhere")
+
+
+def test_a_training_after_one_that_was_cut_off_is_pulled_once(learned, rows, tmp_path):
+    class CutOff(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    file = learned / "importance.safetensors"
+    callback = ConsolidationCallback(file)
+    trainer = make_trainer(learned, rows, tmp_path, [callback, CutOff()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    left = trainer.optimizer.optimizer
+    assert left._optimizer_step_post_hooks
+    trainer.remove_callback(CutOff)
+    trainer.train()
+    assert not left._optimizer_step_post_hooks
+    assert not trainer.optimizer.optimizer._optimizer_step_post_hooks
+
+
+def test_it_does_not_begin_in_the_middle(learned, rows, tmp_path):
+    late = ConsolidationCallback(learned / "importance.safetensors")
+
+    class Late(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.add_callback(late)
+
+    trainer = make_trainer(learned, rows, tmp_path, [Late()])
+    with pytest.raises(CpiftError, match="added to a training that had begun: add it before"):
+        trainer.train()
 
 
 def test_another_models_importance_is_refused_before_the_first_step(learned, tiny_model, rows, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
 from transformers import AutoModelForCausalLM
 
 from peft_cpift import CoreRegion, CpiftError, NoEffectWarning, PropulsionConfig, consolidate, freeze_core
 from peft_cpift import save_importance as save
 from peft_cpift.consolidation import Consolidation
 from peft_cpift.consolidation import pull as module
-from peft_cpift.consolidation.pull import _pull
+from peft_cpift.consolidation.pull import MOST, _pull
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -204,8 +205,12 @@ def test_tied_tensors_are_pulled_once(tiny_model):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     names = [name for name, _ in model.named_parameters()]
     assert "lm_head.weight" not in names
-    pull = Consolidation(model, {name: torch.ones_like(p) for name, p in model.named_parameters()})
-    assert sorted(held.name for held in pull._held) == sorted(names)
+    importance = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    with warnings.catch_warnings(action="error"):
+        pull = Consolidation(model, importance)
+        assert sorted(held.name for held in pull._held) == sorted(names)
+        twice = Consolidation(model, importance | {"lm_head.weight": torch.ones_like(model.lm_head.weight)})
+    assert len(twice._held) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +238,7 @@ def test_an_adapter_by_the_names_of_its_file(tiny_model, tmp_path, config):
     model = PeftModel.from_pretrained(base, tmp_path / "adapter", adapter_name="again", is_trainable=True)
     before = {n: t.clone() for n, t in get_peft_model_state_dict(model, adapter_name="again").items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with consolidate(model, optimizer, tmp_path / "i.safetensors", strength=1e9) as pull:
+    with consolidate(model, optimizer, tmp_path / "i.safetensors", strength=1e6) as pull:
         assert {held.name for held in pull._held} == before.keys()
         step()
     importance = load_file(tmp_path / "i.safetensors")
@@ -255,10 +260,48 @@ def test_an_anchor_takes_the_place_of_the_present_values(tmp_path, as_file):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(model, optimizer, steps=3)
     importance = {name: torch.ones_like(p) for name, p in model.named_parameters()}
-    with consolidate(model, optimizer, importance, strength=1e9, anchor=anchor):
+    with consolidate(model, optimizer, importance, strength=1e6, anchor=anchor):
         train(model, optimizer, steps=1)
     for a, b in zip(model.parameters(), origin.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e20])
+def test_importances_of_any_size_weigh_the_same(scale):
+    model = make_model()
+    importance = make_importance(model)
+    scaled = {name: tensor * scale for name, tensor in importance.items()}
+    for one, other in zip(Consolidation(model, importance)._held, Consolidation(model, scaled)._held, strict=True):
+        torch.testing.assert_close(one.weight, other.weight, rtol=2**-7, atol=0)
+
+
+def test_an_anchor_in_memory_is_copied():
+    model = make_model()
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    importance = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    with consolidate(model, optimizer, importance, strength=MOST, anchor=model.state_dict()):
+        train(model, optimizer)
+    for parameter, before in zip(model.parameters(), start, strict=True):
+        torch.testing.assert_close(parameter, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("freeze_first", [True, False])
+def test_a_core_frozen_elsewhere_than_at_the_anchor_stays_where_it_is(freeze_first):
+    model = make_model(torch.float32)
+    region = CoreRegion({"0.weight": torch.tensor([0, 5])}, {"0.weight": (3, 4)})
+    anchor = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    before = model[0].weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    blocks = [
+        lambda: freeze_core(model, optimizer, region),
+        lambda: consolidate(model, optimizer, make_importance(model), anchor=anchor),
+    ]
+    first, second = blocks if freeze_first else blocks[::-1]
+    with first(), second():
+        train(model, optimizer)
+    assert torch.equal(model[0].weight.view(-1)[[0, 5]], before.view(-1)[[0, 5]])
+    assert model[0].weight.norm() < before.norm()
 
 
 def test_a_frozen_core_stays_frozen_to_the_bit():
@@ -281,53 +324,179 @@ def test_a_frozen_core_stays_frozen_to_the_bit():
 # Schedules
 
 
+def shares(schedule_of, rate: float = 0.1, steps: int = 12) -> list[float]:
+    """What a pull takes the learning rate's share of its peak to be, while a schedule goes on."""
+    model = make_model()
+    pull, optimizer = Consolidation(model, make_importance(model)), torch.optim.SGD(model.parameters(), lr=rate)
+    schedule, found = schedule_of(optimizer), []
+    for _ in range(steps):
+        optimizer.step()
+        found.append(pull._rate(optimizer.param_groups[0]))
+        schedule.step()
+    return found
+
+
 def test_without_a_schedule_the_pull_is_whole_at_any_rate():
     model = make_model()
     pull = Consolidation(model, make_importance(model))
     for rate in (1e-5, 3.0):
-        assert pull._rate(torch.optim.SGD(model.parameters(), lr=rate)) == 1
+        assert pull._rate(torch.optim.SGD(model.parameters(), lr=rate).param_groups[0]) == 1
 
 
-def test_a_schedule_that_notes_no_peak_is_followed_from_the_highest_rate():
+def test_schedules_that_note_their_peak_are_followed_from_it():
+    warm = shares(lambda optimizer: LambdaLR(optimizer, lambda step: min(step / 4, 1)))
+    assert warm == pytest.approx([0, 0.25, 0.5, 0.75, *[1.0] * 8])
+    cycle = shares(lambda optimizer: OneCycleLR(optimizer, max_lr=0.1, total_steps=13, div_factor=25))
+    assert cycle[0] == pytest.approx(1 / 25)
+    assert max(cycle) == pytest.approx(1, rel=1e-2)
+    assert max(cycle) <= 1
+
+
+def test_of_others_the_peak_is_the_highest_rate_so_far():
+    cyclic = shares(lambda optimizer: CyclicLR(optimizer, 1e-4, 1e-2, step_size_up=4, cycle_momentum=False), steps=9)
+    assert cyclic[:5] == [1] * 5
+    assert cyclic[8] == pytest.approx(1e-2)
     model = make_model()
     pull = Consolidation(model, make_importance(model))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    shares = []
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters(), "lr": 5.0}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    found = []
     for rate in (0.0, 0.1, 0.4, 0.2, 0.0):
         optimizer.param_groups[0]["lr"] = rate
-        shares.append(pull._rate(optimizer))
-    assert shares == [0, 1, 1, 0.5, 0]
+        optimizer.load_state_dict(optimizer.state_dict())  # which makes new groups
+        found.append([pull._rate(group) for group in optimizer.param_groups])
+    assert found == [[0, 1], [1, 1], [1, 1], [0.5, 1], [0, 1]]
 
 
-def test_a_group_that_never_moves_has_no_say():
-    model = make_model()
-    pull = Consolidation(model, make_importance(model))
-    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters(), "lr": 0.1}]
-    optimizer = torch.optim.SGD(groups)
-    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    optimizer.step()
-    schedule.step()
-    assert pull._rate(optimizer) == 0.5
+def test_an_optimizer_that_finds_its_own_rate():
+    from transformers import Adafactor
+
+    model = make_model(torch.float32)
+    optimizer = Adafactor(model.parameters(), relative_step=True, warmup_init=True)
+    with consolidate(model, optimizer, make_importance(model), strength=MOST):
+        start = [parameter.detach().clone() for parameter in model.parameters()]
+        train(model, optimizer, steps=2)
+    for parameter, before in zip(model.parameters(), start, strict=True):
+        torch.testing.assert_close(parameter, before, rtol=1e-3, atol=1e-5)
 
 
-def test_groups_with_different_schedules_are_refused():
-    model = make_model()
-    optimizer = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters()}], lr=0.1)
-    schedule = LambdaLR(optimizer, [lambda step: 1.0, lambda step: 1 / (1 + step)])
-    with (
-        consolidate(model, optimizer, make_importance(model)),
-        pytest.raises(CpiftError, match="different learning rate schedules"),
-    ):
+def test_groups_are_followed_each_by_its_own_schedule():
+    model, other = make_model(), make_model()
+    importance = make_importance(model)
+
+    def start(model):
+        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        return optimizer, LambdaLR(optimizer, [lambda step: 1.0, lambda step: 1 / (1 + step)])
+
+    optimizer, schedule = start(model)
+    with consolidate(model, optimizer, importance, strength=0.5):
         train(model, optimizer, schedule)
+    weights, anchor = weights_by_hand([importance]), copy.deepcopy(other.state_dict())
+    optimizer, schedule = start(other)
+
+    def by_hand() -> None:
+        for name, parameter in other.named_parameters():
+            share = optimizer.param_groups[name.startswith("2")]["lr"] / 0.1
+            parameter.data = anchor[name] + (parameter.data - anchor[name]) / (1 + 0.5 * share * weights[name])
+
+    train(other, optimizer, schedule, after=by_hand)
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_loss_scale_skips_pulls_nothing(fused):
+    model, origin = make_model(torch.float32), make_model(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    anchor = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with consolidate(model, optimizer, make_importance(model), anchor=anchor):
+        for infinite in (True, False):
+            scaler.scale(loss_of(model, batches(1, torch.float32)[0])).backward()
+            if infinite:
+                model[0].weight.grad[0, 0] = math.inf
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            same = [torch.equal(a, b) for a, b in zip(model.parameters(), origin.parameters(), strict=True)]
+            assert all(same) is infinite
+            assert any(same) is infinite
+
+
+# What changes meanwhile
+
+
+def test_attached_twice_it_pulls_once():
+    ends = []
+    for times in (1, 2):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pull = Consolidation(model, make_importance(model))
+        for _ in range(times):
+            pull.attach(optimizer)
+        train(model, optimizer)
+        ends.append([parameter.detach() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_several_optimizers_each_have_a_block():
+    model, other = make_model(), make_model()
+    importance = make_importance(model)
+    both = torch.optim.SGD(other.parameters(), lr=0.1)
+    with consolidate(other, both, importance):
+        train(other, both)
+    first, second = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (model[0], model[2]))
+    pulls = [Consolidation(model, importance) for _ in range(2)]
+    for pull, optimizer in zip(pulls, (first, second), strict=True):
+        with pytest.warns(NoEffectWarning, match="are not in this optimizer"):
+            pull.attach(optimizer)
+    for x in batches(6):
+        model.zero_grad()
+        loss_of(model, x).backward()
+        first.step()
+        second.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_begins_to_train_is_told_of():
+    model = make_model()
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with consolidate(model, optimizer, make_importance(model)):
+        train(model, optimizer, steps=1)
+        model[2].requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"'2.weight' was not trainable when the pull began, and is now"):
+            train(model, optimizer, steps=1)
+
+
+def test_so_is_what_is_replaced():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with consolidate(model, optimizer, make_importance(model)):
+        model[0].weight = optimizer.param_groups[0]["params"][0] = nn.Parameter(model[0].weight.detach().clone())
+        with pytest.raises(RuntimeError, match="no longer in the optimizer"):
+            train(model, optimizer, steps=1)
+
+
+def test_a_base_that_trains_beside_an_adapter_is_told_of(tiny_model):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    importance = {n: t.clone().abs() + 1 for n, t in get_peft_model_state_dict(model).items()}
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.warns(NoEffectWarning, match=r"1 trainable tensors, first '.*norm.weight'"):
+        Consolidation(model, importance)
 
 
 # Refusals
 
 
-@pytest.mark.parametrize("strength", [0, -1, math.nan, math.inf, "0.1", None, True])
+@pytest.mark.parametrize("strength", [0, -1, 1e7, math.nan, math.inf, "0.1", None, True])
 def test_strengths_that_are_none(strength):
     model = make_model()
-    with pytest.raises(CpiftError, match="strength must be a number above 0, got"):
+    with pytest.raises(CpiftError, match=r"strength must be a number above 0, at most 1e\+06, got"):
         Consolidation(model, make_importance(model), strength=strength)
 
 
@@ -343,6 +512,8 @@ def test_importances_that_do_not_fit():
         (good | {"0.bias": torch.tensor([1.0, -1.0, 0])}, "tensor '0.bias' has a negative value"),
         ({name: torch.zeros_like(t) for name, t in good.items()}, "no trainable coordinate has an importance above 0"),
         ("nowhere.safetensors", "no importance file nowhere.safetensors"),
+        (None, "an importance is a file, or tensors by name, not a NoneType"),
+        ([None], "an importance is a file, or tensors by name, not a NoneType"),
     ):
         with pytest.raises(CpiftError, match=message) as caught:
             Consolidation(model, bad)
@@ -355,8 +526,10 @@ def test_anchors_that_do_not_fit():
     for bad, message in (
         ({name: t for name, t in state.items() if name != "0.bias"}, "tensor '0.bias' is missing in"),
         (state | {"0.bias": torch.ones(4)}, r"tensor '0.bias' has shape \[4\] in .* and \[3\] in the model"),
+        (state | {"0.bias": torch.ones(3, dtype=torch.int8)}, "tensor '0.bias' in .* is torch.int8"),
+        (state | {"0.bias": torch.tensor([0, math.nan, 0])}, "tensor '0.bias' has a value that is not finite in"),
     ):
-        with pytest.raises(CpiftError, match=f"{message}.*: give the model that training began with"):
+        with pytest.raises(CpiftError, match=f"{message}.*: give the model that the training began with"):
             Consolidation(model, make_importance(model), anchor=bad)
 
 
@@ -369,9 +542,9 @@ def test_models_that_train_nothing_of_it():
 def test_optimizers_that_cannot_be_followed():
     model = make_model()
     pull = Consolidation(model, make_importance(model))
-    with pytest.raises(CpiftError, match=r"the optimizer does not train '0.weight', which is to be pulled"):
-        pull.attach(torch.optim.SGD(model[2].parameters(), lr=0.1))
-    with pytest.raises(CpiftError, match="neither is nor wraps one"):
+    with pytest.raises(CpiftError, match=r"the optimizer trains nothing of what is to be pulled, '0.weight' for one"):
+        pull.attach(torch.optim.SGD(make_model().parameters(), lr=0.1))
+    with pytest.raises(CpiftError, match=r"nothing can be pulled back where no core .* neither is nor wraps one"):
         pull.attach(object())
 
 

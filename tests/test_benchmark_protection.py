@@ -194,6 +194,7 @@ def test_the_middle_of_a_blend_lies_between_the_ends(place):
     "protect",
     [
         {"kind": "ewc", "by": "fisher", "strength": 0.1},
+        {"kind": "decay", "by": "second_moment", "power": 1, "strength": 0.1},
         {"kind": "project", "gradients": 2},
         {"kind": "replay", "share": 0.5},
     ],

@@ -56,7 +56,7 @@ def label_of(settings: dict[str, Any]) -> str:
     return {
         "ewc": "elastic pull by {by} (EWC), {strength:g}",
         "l2": "elastic pull, {strength:g}",
-        "decay": "decay by {by}^{power:g}, {strength:g}",
+        "decay": "`consolidate` by {by}^{power:g}, {strength:g}",
         "replay": "replay of {share:.0%} rows",
         "project": "steps freed of {gradients} gradients",
     }[kind].format(**protect)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +31,7 @@ from evidence.language import (
     values_of,
 )
 from evidence.runs import key
-from peft_cpift import CoreRegion, find_core_region, freeze_core
+from peft_cpift import CoreRegion, consolidate, find_core_region, freeze_core
 from peft_cpift.checkpoint import complete_file
 
 FISHER_ROWS = 64
@@ -143,8 +142,7 @@ def run_sequence(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
       another task whose measure it is; with `anywhere` each tensor's choice gives way to as many random entries of it
     - `restore`: the same coordinates are put back after the training, which is free
     - `ewc`, `l2`: elastic pull with a `strength`, weighted `by` a measure (of mean 1), or alike for all
-    - `decay`: after every step a coordinate's distance from where it was is divided by 1 + `strength` * weight, the
-      strength falling with the rate; the weight is a `power` of a measure, of mean 1
+    - `decay`: the pull of `ConsolidationCallback` with a `strength`, weighted by a `power` of a measure
     - `project`: steps are freed of their part along so many `gradients` of the first task
     - `replay`: a `share` of the rows, 0 to 1, is the first task's
     """
@@ -173,7 +171,8 @@ def run_sequence(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
     elif protect["kind"] in ("ewc", "l2"):
         arguments["penalty"] = _elastic(model, records, protect)
     elif protect["kind"] == "decay":
-        arguments["around"], arguments["after_step"] = _decay(model, records, protect)
+        root = {name: records[protect["by"]][name].pow(protect["power"] / 2) for name in trained(model)}
+        arguments["around"] = lambda optimizer: consolidate(model, optimizer, root, strength=protect["strength"])
     elif protect["kind"] == "project":
         put(model, records["end"])
         arguments["before_step"], arguments["after_step"] = _projection(
@@ -280,29 +279,6 @@ def _elastic(model: nn.Module, records: dict[str, dict[str, Tensor]], protect: d
             parameter.grad.add_(away, alpha=protect["strength"])
 
     return pull
-
-
-def _decay(model: nn.Module, records: dict[str, dict[str, Tensor]], protect: dict[str, Any]):
-    """A context that learns the optimizer, whose rate is followed, and what is to be done after a step."""
-    parameters, optimizers = trained(model), []
-    weights = {name: records[protect["by"]][name].pow(protect["power"]) for name in parameters}
-    size = sum(weight.numel() for weight in weights.values())
-    mean = sum(weight.double().sum().item() for weight in weights.values()) / size
-
-    @contextmanager
-    def around(optimizer: torch.optim.Optimizer):
-        optimizers.append(optimizer)
-        yield
-
-    @torch.no_grad()
-    def after_step() -> None:
-        group = optimizers[0].param_groups[0]
-        strength = protect["strength"] * group["lr"] / group["initial_lr"]
-        for name, parameter in parameters.items():
-            there = records["end"][name]
-            parameter.sub_(there).div_(1 + strength / mean * weights[name]).add_(there)
-
-    return around, after_step
 
 
 def _projection(model: nn.Module, rows: list, count: int):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from peft_cpift import CoreRegion, CpiftError, NoEffectWarning, PropulsionConfig, consolidate, freeze_core
 from peft_cpift import save_importance as save
+from peft_cpift.checkpoint.tensors import InMemory
 from peft_cpift.consolidation import Consolidation
 from peft_cpift.consolidation import pull as module
-from peft_cpift.consolidation.pull import MOST, _pull
+from peft_cpift.consolidation.pull import MOST, _cut_anchor, _pull
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -284,6 +286,17 @@ def test_an_anchor_in_memory_is_copied():
         train(model, optimizer)
     for parameter, before in zip(model.parameters(), start, strict=True):
         torch.testing.assert_close(parameter, before, rtol=1e-4, atol=1e-5)
+
+
+def test_an_anchor_is_rounded_as_a_master_copy_was():
+    """DeepSpeed makes it of the model's bfloat16, and keeps it in float32."""
+    whole = torch.randn(3, 4)
+    place = SimpleNamespace(
+        parameter=whole.bfloat16(), shape=(3, 4), stored=lambda: torch.zeros(12), cut=lambda tensor: tensor.flatten()
+    )
+    anchor = _cut_anchor("w", place, InMemory({"w": whole}))
+    assert anchor.dtype == torch.float32
+    assert torch.equal(anchor, whole.bfloat16().float().flatten())
 
 
 @pytest.mark.parametrize("freeze_first", [True, False])

@@ -22,7 +22,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only costs
 ALPHABET = "0123456789+-=?abcdefghij "
@@ -70,6 +70,15 @@ def sums() -> Dataset:
     generator = random.Random(0)
     pairs = [(generator.randrange(10), generator.randrange(10)) for _ in range(64)]
     return Dataset.from_list([{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs])
+
+
+@pytest.fixture(scope="session")
+def rows(tiny_model, sums) -> list[dict]:
+    """The same as tokens, for transformers' Trainer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = [row["prompt"] + row["completion"] for row in sums]
+    tokens = [tokenizer(text, padding="max_length", max_length=8)["input_ids"] for text in texts]
+    return [{"input_ids": row, "labels": row} for row in tokens]
 
 
 class Hub:

@@ -17,14 +17,6 @@ from peft_cpift.consolidation import callback as module
 
 
 @pytest.fixture(scope="module")
-def rows(tiny_model, sums) -> list[dict]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    texts = [row["prompt"] + row["completion"] for row in sums]
-    tokens = [tokenizer(text, padding="max_length", max_length=8)["input_ids"] for text in texts]
-    return [{"input_ids": row, "labels": row} for row in tokens]
-
-
-@pytest.fixture(scope="module")
 def learned(tiny_model, rows, tmp_path_factory):
     """A folder with a model that has learned something, and what mattered to it."""
     folder = tmp_path_factory.mktemp("learned")

@@ -20,14 +20,6 @@ from peft_cpift.importance import callback as module
 from peft_cpift.isolation import callback as isolation
 
 
-@pytest.fixture(scope="module")
-def rows(tiny_model, sums) -> list[dict]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    texts = [row["prompt"] + row["completion"] for row in sums]
-    tokens = [tokenizer(text, padding="max_length", max_length=8)["input_ids"] for text in texts]
-    return [{"input_ids": row, "labels": row} for row in tokens]
-
-
 def make_trainer(tiny_model, rows, output, callbacks, **settings) -> Trainer:
     settings = {
         "max_steps": 5,

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from peft_cpift import CoreIsolationCallback, CoreRegion, CpiftError, PropulsionConfig
@@ -31,14 +31,6 @@ ADAPTERS = {
 }
 FIGURES = ("cpift/frozen_fraction", "cpift/masked_grad_norm")
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def rows(tiny_model, sums) -> list[dict]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    texts = [row["prompt"] + row["completion"] for row in sums]
-    tokens = [tokenizer(text, padding="max_length", max_length=8)["input_ids"] for text in texts]
-    return [{"input_ids": row, "labels": row} for row in tokens]
 
 
 def load(folder, adapter: PeftConfig | None = None) -> nn.Module:

@@ -98,6 +98,15 @@ _Dumper.yaml_implicit_resolvers = {
 }
 
 
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Of the line breaks of Unicode, PyYAML writes one between single quotes, from which it reads a space.
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _write_text)
+
+
 def write_recipe(recipe: Recipe) -> str:
     """A recipe as YAML that `read_recipe` reads back as it is."""
     return yaml.dump(recipe.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

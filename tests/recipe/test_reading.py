@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from peft_cpift import CpiftError
@@ -310,6 +310,8 @@ def test_whatever_text_there_is(tmp_path_factory, text):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.from_regex(r"[-+]?[0-9_]{0,3}[.]?[0-9]{1,4}([eE][-+]?[0-9]{1,5})?", fullmatch=True) | st.text(max_size=12))
+@example("\x85")
+@example("a\u2028b")
 def test_what_is_written_is_read_back(tmp_path_factory, text):
     fields = {"run_name": text, "learning_rate": 1e-5, "max_steps": 10**7}
     recipe = parse_recipe(minimal() | {"revision": text, "training": fields, "seed": 7})

@@ -2,6 +2,7 @@ r"""Does Propulsion train as well as its peers? A pre-trained encoder, three rea
 
     python benchmarks/tuner_quality.py MODEL DATA --workers 2                       # sst2, arc_easy, match
     python benchmarks/tuner_quality.py MODEL DATA --workers 2 --part ablations      # Propulsion's settings, on sst2
+    python benchmarks/tuner_quality.py MODEL DATA --part memory                     # peaks on sst2, a minute
     python benchmarks/tuner_quality.py --table                                      # from the results alone
 
 MODEL is the folder of a small BERT, such as all-MiniLM-L6-v2, and DATA one with sst2_{train,dev,test}.jsonl,
@@ -22,6 +23,9 @@ linear layers of the blocks; (IA)³ and BEFT where PEFT puts them for BERT; Laye
 and value ("attention") or in all linear layers and the embeddings ("all"); prompt and prefix tuning with 10 virtual
 tokens, which are not pooled.
 
+Peak memory is that of two steps on the longest of the first seed's batches, above the weights: activations, gradients
+and AdamW's state, the head's too.
+
 Intervals are 95% over seeds, by Student's t: they cover the head's start, the order of rows and dropout. They do not
 cover the choice of test rows, which is the same for all methods; nor the sweep's own luck.
 """
@@ -40,6 +44,7 @@ from typing import Any
 
 from evidence.classification import (
     TASKS,
+    draw_batches,
     file_bytes,
     load_encoder,
     load_task,
@@ -50,6 +55,7 @@ from evidence.classification import (
     z_summary,
 )
 from evidence.intervals import Interval, difference, interval
+from evidence.memory import peak_bytes
 from evidence.runs import Settings, compute, load
 from evidence.sweep import best_rates
 
@@ -155,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", help="folder of a small BERT")
     parser.add_argument("data", type=Path, nargs="?", help="folder of JSON lines")
-    parser.add_argument("--part", choices=("main", "ablations"), default="main")
+    parser.add_argument("--part", choices=("main", "ablations", "memory"), default="main")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="of the main part")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, beside the head")
     parser.add_argument("--seeds", type=int, nargs="+", help="0 to 4, for ablations 0 to 2")
@@ -177,13 +183,17 @@ def main() -> None:
         steps=arguments.steps,
         workers=arguments.workers,
     )
-    methods = METHODS if arguments.part == "main" else ABLATIONS
+    methods = ABLATIONS if arguments.part == "ablations" else METHODS
     if unknown := set(arguments.methods or ()) - set(methods):
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}; known are: {', '.join(methods)}")
     chosen = [name for name in methods if not arguments.methods or name in arguments.methods]
     if arguments.part == "main":
         for task in arguments.tasks:
             study(task=task, methods=chosen, seeds=arguments.seeds or range(5))
+    elif arguments.part == "memory":
+        wanted = [memory_settings(name, fingerprint(arguments.model)) for name in chosen]
+        work = partial(measure_memory, model=arguments.model, data=arguments.data)
+        compute(arguments.results / "memory.jsonl", wanted, work, workers=arguments.workers)
     else:
         study(task="sst2", methods=chosen, seeds=arguments.seeds or range(3))
 
@@ -275,6 +285,24 @@ def make_run(settings: Settings, *, model: Path, data: Path) -> dict[str, Any]:
     }
 
 
+def memory_settings(method: str, model: str) -> Settings:
+    """All that a peak of memory depends on."""
+    return {
+        **{"study": "peak memory", "task": "sst2", "method": method, "tuner": METHODS[method][0], "model": model},
+        **{name: SIZES["sst2"][name] for name in ("batch", "length")},
+    }
+
+
+def measure_memory(settings: Settings, *, model: Path, data: Path) -> dict[str, Any]:
+    """Train for two steps, of which the second has an optimizer's state, and say how much was allocated at most."""
+    task = load_task(settings["task"], model, data, settings["length"])
+    classifier = make_classifier(copy.deepcopy(load_encoder(model)), settings["tuner"], task.outputs, 0)
+    batches = draw_batches(task.train, 200, settings["batch"], 0)
+    batch = max(batches, key=lambda rows: max(len(sequence) for row in rows for sequence in row.sequences))
+    two_steps = partial(train, classifier, batch, rate=1e-4, head_rate=1e-3, steps=2, batch_size=len(batch), seed=0)
+    return {"peak_bytes": peak_bytes(two_steps, [*classifier.parameters(), *classifier.buffers()])}
+
+
 @cache
 def fingerprint(model: Path) -> str:
     """The beginning of the SHA-256 of a model's weights: names the model wherever it lies."""
@@ -307,6 +335,10 @@ def target(curve: Sequence[dict[str, float]]) -> float:
 def write_tables(folder: Path) -> None:
     """Write results.md and the pictures from runs.jsonl."""
     runs = load(folder / "runs.jsonl")
+    peaks = {
+        (run["settings"]["task"], run["settings"]["method"]): run["result"]["peak_bytes"]
+        for run in load(folder / "memory.jsonl")
+    }
     lines = ["# Propulsion and its peers on a pre-trained encoder", ""]
     lines += [
         "Made by `python benchmarks/tuner_quality.py --table`, whose docstring says how the numbers come about.",
@@ -317,7 +349,7 @@ def write_tables(folder: Path) -> None:
         chosen = [
             run for run in runs if run["settings"]["task"] == TASKS[number] and run["settings"]["steps"] == steps
         ]
-        lines += task_section(TASKS[number], steps, chosen)
+        lines += task_section(TASKS[number], steps, chosen, peaks)
         draw_pictures(folder, f"{TASKS[number]}-{steps}", chosen)
     lines += ["## Machines", "", *sorted({f"- {run['machine']}" for run in runs}), ""]
     (folder / "results.md").write_text("\n".join(lines), encoding="utf-8")
@@ -332,8 +364,8 @@ def by_method(runs: Iterable[dict[str, Any]], names: Iterable[str]) -> Iterator[
             yield name, {run["settings"]["seed"]: run for run in own}
 
 
-def task_section(task: str, steps: int, runs: list[dict[str, Any]]) -> list[str]:
-    """The tables of one task."""
+def task_section(task: str, steps: int, runs: list[dict[str, Any]], peaks: dict[tuple[str, str], int]) -> list[str]:
+    """The tables of one task; `peaks` are of memory, by task and method."""
     final = dict(by_method(runs, [*METHODS, *ABLATIONS]))
     if not final:
         return []
@@ -373,13 +405,14 @@ def task_section(task: str, steps: int, runs: list[dict[str, Any]]) -> list[str]
             show_steps(own),
             show_steps(as_full),
             f"{statistics.median(times):.2f}" if times else "",
+            f"{peaks[task, name] / 2**20:.0f}" if (task, name) in peaks else "",
             f"{one['file_bytes'] / 1000:,.1f}",
         ]
         return f"| {' | '.join(cells)} |"
 
     head = "| method | rate | parameters | test accuracy, % | minus LoRA r=8 | minus full | steps to 95% of its best "
-    head += "| steps to 95% of full's | step / full's | file, kB |"
-    ruler = "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    head += "| steps to 95% of full's | step / full's | peak memory, MiB | file, kB |"
+    ruler = "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for title, names in (("Methods", METHODS), ("Ablations of Propulsion (all, k=15)", ABLATIONS)):
         if not set(names) & set(final):
             continue

@@ -1,4 +1,5 @@
-"""Strategy: intervals against scipy's own t-interval; runs are stored, interrupted, joined and asked for again."""
+"""Strategy: intervals against scipy's own t-interval; runs are stored, interrupted, joined and asked for again; peaks
+of memory against sizes counted by hand."""
 
 from __future__ import annotations
 
@@ -10,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from evidence.intervals import difference, interval
+from evidence.memory import peak_bytes
 from evidence.runs import compute, load
 
 
@@ -72,3 +75,30 @@ def test_files_of_two_machines_are_joined_by_concatenation(tmp_path):
     compute(file, [{"x": 1}, {"x": 5}], double, workers=0)
     assert [run["result"]["y"] for run in load(file)] == [2, 10]
     assert len(file.read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's allocator rounds")
+def test_a_peak_is_what_is_alive_at_a_time():
+    weight = torch.ones(1000, requires_grad=True)
+
+    def one_after_another():
+        for _ in range(5):
+            made = weight.detach() * 2
+        return made.view(10, 100).t()  # views are the same memory, and so is the weight's own
+
+    assert peak_bytes(one_after_another, [weight]) == 2 * 4000  # the next is made before the last is freed
+    assert peak_bytes(lambda: weight.detach().view(10, 100).t(), [weight]) == 0
+    assert peak_bytes(lambda: [weight.detach() * n for n in range(5)], [weight]) == 5 * 4000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's allocator rounds")
+def test_a_peak_has_gradients_and_the_optimizers_state():
+    weight = torch.ones(1000, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+
+    def train():
+        (weight * 3).sum().backward()
+        optimizer.step()
+
+    peak = peak_bytes(train, [weight])
+    assert 3 * 4000 <= peak < 3 * 4000 + 100  # the step's count is a scalar

@@ -154,6 +154,16 @@ def test_a_run_is_reproducible_and_a_sweep_sees_no_test_rows(model, data):
     assert swept["test"] is None
 
 
+def test_peaks_of_memory_follow_what_is_trained(model, data):
+    peaks = {}
+    for method in ("head", "LoRA r=8", "full"):
+        settings = {**tuner_quality.memory_settings(method, ""), "batch": 4, "length": 16}
+        peaks[method] = tuner_quality.measure_memory(settings, model=model, data=data)["peak_bytes"]
+    weights = trainable_count(classification.load_encoder(model))
+    assert peaks["head"] < peaks["LoRA r=8"] < peaks["full"]
+    assert peaks["full"] > 12 * weights  # gradients and two moments, of four bytes each
+
+
 def test_a_study_follows_the_best_rate_beyond_an_edge_and_makes_its_table(tmp_path, monkeypatch):
     def work(settings, *, model, data):
         rate = settings["rate"] or settings["head_rate"]
@@ -183,10 +193,13 @@ def test_a_study_follows_the_best_rate_beyond_an_edge_and_makes_its_table(tmp_pa
     rates = {run["settings"]["method"]: run["settings"]["rate"] for run in runs if run["settings"]["seed"] == 0}
     assert rates == {"head": None, "full": 1e-2, "BEFT": 1.0}  # full: two steps beyond 1e-3
     assert {run["settings"]["head_rate"] for run in runs if run["settings"]["method"] != "head"} == {1.0}
+    peak = {"settings": {"task": "sst2", "method": "BEFT"}, "result": {"peak_bytes": 3 << 20}}
+    (tmp_path / "memory.jsonl").write_text(json.dumps(peak))
     tuner_quality.write_tables(tmp_path)
     table = (tmp_path / "results.md").read_text()
-    assert "| full | 0.01* | 10 | 80.00 ± 0.00 |  |  | 10 | 10 | 1.00 | 0.1 |" in table
+    assert "| full | 0.01* | 10 | 80.00 ± 0.00 |  |  | 10 | 10 | 1.00 |  | 0.1 |" in table
     assert "| BEFT | 1* |" in table
+    assert "| 1.00 | 3 | 0.1 |" in table
     assert (tmp_path / "sst2-10-accuracy.png").exists()
 
 

@@ -21,14 +21,17 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from evidence.classification import file_bytes, trainable_count, z_summary
 from evidence.intervals import difference, interval
-from evidence.language import Diverged, draw, load_real, score, start, train
+from evidence.language import DEVICE, Diverged, draw, load_real, score, start, train
+from evidence.memory import peak_bytes
 from evidence.runs import Settings, compute, load
 from evidence.sweep import best_rates
 
@@ -121,32 +124,48 @@ def make_run(settings: Settings, *, model: Path, data: Path) -> dict[str, Any]:
     tuned = start(base, settings["tuner"], settings["seed"])
     count = settings["steps"] * settings["batch"]
     drawn = draw(task.train, count, f"{settings['seed']}/{settings['task']}")
-    every, done = settings["steps"] // settings["evaluations"], 0
+    every, seconds = settings["steps"] // settings["evaluations"], []
     held_out = task.validation[: settings["curve_rows"]]
     curve = [{"step": 0, **score(tuned, held_out)}]
 
     def watch() -> None:
-        nonlocal done
-        done += 1
-        if done % every == 0:
-            curve.append({"step": done, **score(tuned, held_out)})
+        nonlocal began
+        seconds.append(now() - began)
+        if len(seconds) % every == 0:
+            curve.append({"step": len(seconds), **score(tuned, held_out)})
             tuned.train()
+        began = now()
 
+    began = now()
     try:
         train(tuned, drawn, batch_size=settings["batch"], rate=settings["rate"], after_step=watch)
     except Diverged as error:
         if settings["seed"] != SWEEP_SEED:
             raise
         return {"diverged": str(error)}
-    return {
+    result = {
         "diverged": None,
         "curve": curve,
+        "step_seconds": statistics.median(seconds),
         "validation": score(tuned, task.validation),
         "test": score(tuned, task.test) if settings["seed"] != SWEEP_SEED else None,
         "parameters": trainable_count(tuned),
         "file_bytes": file_bytes(tuned) if settings["tuner"] else None,
         "z": z_summary(tuned),
+        "peak_bytes": None,
     }
+    if settings["seed"] == 0:
+        # at last, since it trains on
+        two_steps = partial(train, tuned, drawn[: settings["batch"]] * 2, batch_size=settings["batch"], rate=0.0)
+        result["peak_bytes"] = peak_bytes(two_steps, [*tuned.parameters(), *tuned.buffers()])
+    return result
+
+
+def now() -> float:
+    """Seconds, after all that a GPU has been given is done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def steps_until(curve: list[dict[str, float]], loss: float) -> float:
@@ -183,9 +202,10 @@ def table(runs: list[dict[str, Any]]) -> str:
     ]
     lines += ["", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in SIZES.items()) + ".", ""]
     lines += [
-        "| method | rate | parameters | test loss | minus LoRA r=8 | minus full | steps to 95% of it | file, kB |"
+        "| method | rate | parameters | test loss | minus LoRA r=8 | minus full | steps to 95% of it | step / full's "
+        "| peak memory, MiB | file, kB |"
     ]
-    lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for name in sorted(final, key=lambda name: statistics.fmean(losses[name].values())):
         first = next(iter(final[name].values()))
         rate, result = first["settings"]["rate"], first["result"]
@@ -198,11 +218,19 @@ def table(runs: list[dict[str, Any]]) -> str:
         ]
         size = f"{result['file_bytes'] / 1000:,.0f}" if result["file_bytes"] else ""
         cells = [name, f"{rate:g}{edge}", f"{result['parameters']:,}", interval(list(losses[name].values())).show(4)]
-        cells += [minus(name, LORA), minus(name, FULL), f"{statistics.median(steps):.0f}", size]
+        cells += [minus(name, LORA), minus(name, FULL), f"{statistics.median(steps):.0f}"]
+        shared = final[name].keys() & final.get(FULL, {}).keys()
+        times = [
+            final[name][seed]["result"]["step_seconds"] / final[FULL][seed]["result"]["step_seconds"]
+            for seed in shared
+        ]
+        peaks = [run["result"]["peak_bytes"] for run in final[name].values() if run["result"]["peak_bytes"]]
+        cells += [f"{statistics.median(times):.2f}" if times else "", f"{peaks[0] / 2**20:.0f}" if peaks else "", size]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         "A rate with * is at the edge of its sweep. Steps: to 95% of a method's own gain, by validation rows.",
+        "Peak memory: of two steps on the same rows, above the weights.",
         "",
     ]
     zs = {

@@ -38,9 +38,11 @@ def test_every_method_learns_and_only_final_seeds_see_test_rows(method, data, mo
     assert run["curve"][-1]["loss"] < run["curve"][0]["loss"]
     assert run["test"]["loss"] > 0
     assert (run["z"] is not None) == ("Propulsion" in method)
+    assert run["peak_bytes"] > 12 * run["parameters"]  # gradients and two moments, of four bytes each
     assert method == "full" or 4 * run["parameters"] <= run["file_bytes"] < 4 * run["parameters"] + 20_000
     sweeping = {**ready, "seed": tuner_language.SWEEP_SEED}
-    assert tuner_language.make_run(sweeping, model=demo.MODEL, data=data)["test"] is None
+    swept = tuner_language.make_run(sweeping, model=demo.MODEL, data=data)
+    assert (swept["test"], swept["peak_bytes"]) == (None, None)
 
 
 def test_steps_are_read_off_between_two_scores():
@@ -57,10 +59,11 @@ def test_the_table_of_invented_runs():
                 score = {"loss": loss + seed / 10, "exact": 0.0}
                 curve = [{"step": 0, "loss": 3.0}, {"step": 20, "loss": loss}]
                 result = {"curve": curve, "test": score, "validation": score, "parameters": 1234, "z": None}
+                result |= {"step_seconds": loss, "peak_bytes": 7 << 20 if seed == 0 else None}
                 result["file_bytes"] = None if method == "full" else 5000
                 settings = {"method": method, "rate": rate, "seed": seed}
                 runs.append({"settings": settings, "result": result, "machine": "M"})
     lines = tuner_language.table(runs).splitlines()
-    assert "| full | 0.0003* | 1,234 | 1.0500 ± 0.6353 | -0.5000 ± 0.0000 |  | 19 |  |" in lines
-    assert "| LoRA r=8 | 0.0003* | 1,234 | 1.5500 ± 0.6353 |  | +0.5000 ± 0.0000 | 19 | 5 |" in lines
+    assert "| full | 0.0003* | 1,234 | 1.0500 ± 0.6353 | -0.5000 ± 0.0000 |  | 19 | 1.00 | 7 |  |" in lines
+    assert "| LoRA r=8 | 0.0003* | 1,234 | 1.5500 ± 0.6353 |  | +0.5000 ± 0.0000 | 19 | 1.50 | 7 | 5 |" in lines
     assert "Before training the curve's rows have a loss of 3.000." in lines

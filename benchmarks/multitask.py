@@ -11,7 +11,8 @@ since rows for validation are split from it. Keys of a recipe (`core.percent=0.5
 Peers see as many tokens as CPI-FT's probes, multi-stage start and integration together. Rates of all (CPI-FT's own of
 each of these three), the strength of EWC, the density of merges and the share that is frozen are chosen on rows that
 are in neither training nor test, by climbing: of one after the other a value's neighbours are tried, until none of any
-is better. The seed of that is none of the others. Replay's share is not tuned. Ablations keep CPI-FT's choices.
+is better. The seed of that is none of the others. Replay's share is not tuned, nor, on Gemma, anything but rates.
+Ablations keep CPI-FT's choices.
 
 Results are in benchmarks/results/multitask; a run is found again by its settings, so that any command goes on where it
 stopped. `--cache` keeps trained models between commands; it may be removed at any time.
@@ -82,6 +83,8 @@ class Study:
     """The task of which only a tenth of the rows is trained on."""
     propulsion: bool = False
     """Whether to try the adapter as well."""
+    rates_alone: bool = False
+    """Whether strengths, densities and shares stay where climbing would begin, for want of time."""
 
 
 STUDIES = {
@@ -97,6 +100,7 @@ STUDIES = {
         [["gsm8k", "logiqa"], ["codealpaca"], ["alpaca", "chat"]],
         [["gsm8k", "codealpaca"], ["logiqa", "chat"]],
         "codealpaca",
+        rates_alone=True,
     ),
 }
 
@@ -436,6 +440,8 @@ def best(study: Study, identity: str, name: str, score) -> dict[str, float]:
         grids, found = {"rate": RATES, "percent": PERCENTS}, {"rate": 1.0, "percent": 10.0}
     elif name in MERGES and name != "linear":  # which keeps everything
         grids, found = {"rate": RATES, "density": DENSITIES}, {"rate": 1.0, "density": 0.2}
+    if study.rates_alone:
+        grids = {what: grid for what, grid in grids.items() if grid is RATES}
 
     def at(**values: float) -> float:
         values = found | values

@@ -3,6 +3,7 @@ count, what is remembered against what is trained anew, to the bit, and the tabl
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -154,6 +155,24 @@ def test_what_is_remembered_is_what_is_trained(place, tmp_path):
     assert away[1.0] < 0.5 * away[1e-9]
 
 
+def test_every_peer_trains_an_adapter_in_half_precision(place, tmp_path):
+    keys = ["baselines.multi_task=false", "tuner={peft_type: PROPULSION, target_modules: all-linear}"]
+    recipe = multitask.open_recipe(place, 0, "test", [*keys, "dtype=bfloat16"], ["reverse", "sort"])
+    recipe.output = tmp_path / "run"
+    run = run_remembering(recipe, tmp_path / "memory")
+    last = {}
+    for name, peer in (
+        ("sequence", {}),
+        ("ewc", {"strength": 1e4}),
+        ("pull", {"pull": 1.0}),
+        ("freeze", {"freeze": {"by": "second_moment", "percent": 10.0}}),
+    ):
+        done = train_chain(run, ["sort", "reverse"], {"share": 0.0, "strength": 0.0} | peer, 2000, tmp_path / name)
+        last[name] = load_file(done["path"] / "adapter_model.safetensors")
+    for name in ("ewc", "pull", "freeze"):
+        assert any(not torch.equal(last[name][key], z) for key, z in last["sequence"].items())
+
+
 def test_climbing_stops_at_the_top_and_at_the_edge():
     assert multitask.climb((1, 2, 3, 4, 5), 2, lambda value: -abs(value - 4)) == 4
     assert multitask.climb((1, 2, 3), 2, lambda value: value) == 3
@@ -170,6 +189,8 @@ def test_values_are_climbed_until_none_moves():
 
     found = multitask.best(DEMO, "x", "freeze_update", score)
     assert found == {"rate": 0.1, "percent": 1.0}
+    found = multitask.best(dataclasses.replace(DEMO, rates_alone=True), "x", "freeze_update", score)
+    assert found == {"rate": 0.1, "percent": 10.0}
 
 
 def test_the_rate_of_the_start_is_its_own(place):

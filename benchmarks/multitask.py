@@ -137,7 +137,8 @@ def main() -> None:
     study, file = STUDIES[name], arguments.results / f"{name}.jsonl"
     keys = list(arguments.keys)
     if name == "demo":
-        keys.append(f"model={json.dumps(str(demo.MODEL))}")
+        # the start's rate is among what is tuned, from the probes' own
+        keys += [f"model={json.dumps(str(demo.MODEL))}", "fusion.training={}"]
     if arguments.table:
         recipe = read_recipe(arguments.recipe, [*keys, "data=data", "output=output"])
         identity = next((run["settings"]["study"] for run in load(file)), "")

@@ -21,16 +21,14 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from evidence.classification import file_bytes, trainable_count, z_summary
+from evidence.classification import file_bytes, now, trainable_count, z_summary
 from evidence.intervals import difference, interval
-from evidence.language import DEVICE, Diverged, draw, load_real, score, start, train
+from evidence.language import Diverged, draw, load_real, score, start, train
 from evidence.memory import peak_bytes
 from evidence.runs import Settings, compute, load
 from evidence.sweep import best_rates
@@ -159,13 +157,6 @@ def make_run(settings: Settings, *, model: Path, data: Path) -> dict[str, Any]:
         two_steps = partial(train, tuned, drawn[: settings["batch"]] * 2, batch_size=settings["batch"], rate=0.0)
         result["peak_bytes"] = peak_bytes(two_steps, [*tuned.parameters(), *tuned.buffers()])
     return result
-
-
-def now() -> float:
-    """Seconds, after all that a GPU has been given is done."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def steps_until(curve: list[dict[str, float]], loss: float) -> float:

@@ -250,7 +250,7 @@ def train(
     for step, batch in enumerate(batches, start=1):
         labels = torch.tensor([row.label for row in batch], device=DEVICE)
         classifier.train()
-        began = _now()
+        began = now()
         loss = nn.functional.cross_entropy(classifier(batch), labels)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -260,7 +260,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        seconds.append(_now() - began)
+        seconds.append(now() - began)
         if step in marks:
             curve.append({"step": step, **score(classifier, curve_rows)})
     return {
@@ -318,7 +318,8 @@ def _length(row: Example) -> int:
     return max(map(len, row.sequences))
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds, after all that a GPU has been given is done."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -11,8 +11,8 @@ since rows for validation are split from it. Keys of a recipe (`core.percent=0.5
 Peers see as many tokens as CPI-FT's probes, multi-stage start and integration together. Rates of all (CPI-FT's own of
 each of these three), the strength of EWC, the density of merges and the share that is frozen are chosen on rows that
 are in neither training nor test, by climbing: of one after the other a value's neighbours are tried, until none of any
-is better. The seed of that is none of the others. Replay's share is not tuned, nor, on Gemma, anything but rates.
-Ablations keep CPI-FT's choices.
+is better. The seed of that is none of the others. Replay's share is not tuned, nor, on Gemma, where fewer peers are
+tried, anything but rates. Ablations keep CPI-FT's choices.
 
 Results are in benchmarks/results/multitask; a run is found again by its settings, so that any command goes on where it
 stopped. `--cache` keeps trained models between commands; it may be removed at any time.
@@ -83,6 +83,8 @@ class Study:
     """The task of which only a tenth of the rows is trained on."""
     propulsion: bool = False
     """Whether to try the adapter as well."""
+    peers: tuple[str, ...] = (*STAGED, *MERGES, *PEERS)
+    """The methods beside CPI-FT."""
     rates_alone: bool = False
     """Whether strengths, densities and shares stay where climbing would begin, for want of time."""
 
@@ -100,6 +102,10 @@ STUDIES = {
         [["gsm8k", "logiqa"], ["codealpaca"], ["alpaca", "chat"]],
         [["gsm8k", "codealpaca"], ["logiqa", "chat"]],
         "codealpaca",
+        peers=(
+            *("multi_task", "random_stages", "sequence", "replay", "ewc", "consolidation"),
+            *("linear", "ties", "dare_ties"),
+        ),
         rates_alone=True,
     ),
 }
@@ -177,7 +183,7 @@ def main() -> None:
 def plan(study: Study, recipe: Recipe, chosen: dict[str, Any]) -> list[Settings]:
     """All runs of a seed: what each is called, the keys that it changes, and what else it does."""
     cells = [cell("CPI-FT", "method", chosen["cpift"])]
-    cells += [method(study, name, chosen) for name in (*STAGED, *MERGES, *PEERS)]
+    cells += [method(study, name, chosen) for name in study.peers]
     own = rates_of(recipe)
     factor = chosen["cpift"]
 
@@ -397,7 +403,7 @@ def identify_study(place: Place) -> str:
 
 def tune(file: Path, place: Place, identity: str, study: Study, workers: int) -> None:
     """Make the runs on validation that `choices` reads."""
-    names = ["cpift", *STAGED, *PEERS, *MERGES]
+    names = ["cpift", *study.peers]
     climb = partial(_tune_one, file, place, identity, study)
     if not workers:
         for name in names:
@@ -424,7 +430,7 @@ def choices(file: Path, identity: str, study: Study) -> dict[str, Any]:
             raise ValueError(f"{file} has no validation of {settings['name']}: run with --tune first")
         return _average(settings, runs[key(settings)])
 
-    return {name: best(study, identity, name, score) for name in ("cpift", *STAGED, *PEERS, *MERGES)}
+    return {name: best(study, identity, name, score) for name in ("cpift", *study.peers)}
 
 
 def best(study: Study, identity: str, name: str, score) -> dict[str, float]:

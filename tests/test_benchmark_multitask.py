@@ -216,6 +216,14 @@ def test_every_planned_recipe_is_valid_and_has_settings_of_its_own(place):
         multitask.open_recipe(place, 0, "test", multitask.keys_of(recipe, cell), cell.get("tasks"))
 
 
+def test_only_the_study_s_own_peers_are_planned_and_chosen(place):
+    study = dataclasses.replace(DEMO, peers=("multi_task", "replay", "ewc", "linear", "ties", "sequence"))
+    cells = multitask.plan(study, multitask.open_recipe(place, 0, "test"), CHOSEN)
+    assert [cell["name"] for cell in cells if cell["kind"] == "method"] == ["CPI-FT", *study.peers]
+    for other in multitask.STUDIES.values():
+        assert set(other.peers) <= {*multitask.STAGED, *multitask.MERGES, *multitask.PEERS}
+
+
 def test_the_page_is_made_from_the_file_alone(tmp_path):
     def model(score):
         return {"average": 10 * score, "scores": {"a": {"loss": 1.0, "score": score}}}

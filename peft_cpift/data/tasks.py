@@ -160,6 +160,38 @@ def check_cuts(
     return found
 
 
+def check_positions(
+    recipe: Recipe,
+    data: Mapping[str, TaskData],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    positions: int | None,
+) -> list[str]:
+    """A warning for every task with rows that are longer, even where they are cut, than the model reaches.
+
+    Beyond its positions a model with a table of them fails, and one that computes them was never trained.
+
+    Args:
+        max_length: tokens after which training cuts a row; None never does.
+        positions: of which the model's configuration speaks; None if of none.
+    """
+    found = []
+    for name, task in data.items():
+        for rows, key, limit in (
+            (task.train, "training.max_length", max_length),
+            (task.test, "evaluation.max_length", recipe.evaluation.max_length),
+        ):
+            cut = math.inf if limit is None else limit
+            if positions is not None and cut > positions:
+                longest = max(min(whole, cut) for _, whole in _lengths(rows, tokenizer))
+                if longest > positions:
+                    found.append(
+                        f"rows of task '{name}' have up to {longest} tokens, but '{recipe.model}' has "
+                        f"{positions} positions: set {key} to {positions} at most"
+                    )
+    return found
+
+
 def count_begun(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
     """How many rows have some of their completion within so many tokens."""
     if max_length is None:

@@ -30,7 +30,7 @@ from peft_cpift.fusion import fuse
 from peft_cpift.pipeline import plan
 from peft_cpift.pipeline.engine import engine
 from peft_cpift.pipeline.gather import gather
-from peft_cpift.pipeline.models import count_parameters, load_model, make_start
+from peft_cpift.pipeline.models import count_parameters, count_positions, load_model, make_start
 from peft_cpift.pipeline.plan import Stage, core_file
 from peft_cpift.pipeline.settings import fuses_by_coordinate, machine_settings, setting
 from peft_cpift.pipeline.steps import Steps
@@ -208,9 +208,11 @@ class Maker:
 
     def doubts(self) -> list[str]:
         """What is surprising about the rows, and about what is said of them."""
+        limits = (self.recipe, self.data, self.tokenizer, self.max_length("probe"))
         return [
             *rows.check_held_out(self.data),
-            *rows.check_cuts(self.recipe, self.data, self.tokenizer, self.max_length("probe")),
+            *rows.check_cuts(*limits),
+            *rows.check_positions(*limits, count_positions(self.recipe)),
             *check_lengths(self.recipe, self.data, self.tokenizer),
             *circles(self.recipe.grouping.helps),
         ]

@@ -42,6 +42,12 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def count_positions(recipe: Recipe) -> int | None:
+    """The longest sequence, in tokens, that the model's configuration names; None if it names none."""
+    config = AutoConfig.from_pretrained(recipe.model, **_source(recipe))
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def identify(folder: str) -> dict[str, str]:
     """What tells one model or adapter in a local folder from another, by file.
 

@@ -137,6 +137,24 @@ def test_rows_that_are_cut_are_told(tree, tmp_path):
     assert [rows.count_begun(data["a"].test, joining_tokenizer(), limit) for limit in (None, 8, 2)] == [10, 7, 1]
 
 
+def test_rows_beyond_the_model_s_positions_are_told(tree, tmp_path):
+    own = [{"prompt": "?" * n, "completion": "abc"} for n in range(1, 11)]
+    tree |= {"data": None, "tasks": write_rows(tmp_path, {"a": (own, {}), "b": (PAIRS, {})})}
+    tree["evaluation"] = {"max_length": 12}
+    recipe = parse_recipe(tree)
+    limits = (recipe, load(tree), joining_tokenizer())
+    # With their end rows have 5 to 14 tokens, of which 12 of a held-out one are read.
+    told = "rows of task 'a' have up to {} tokens, but '{}' has {} positions: set {}.max_length to {} at most"
+    assert rows.check_positions(*limits, 13, 11) == [
+        told.format(13, recipe.model, 11, "training", 11),
+        told.format(12, recipe.model, 11, "evaluation", 11),
+    ]
+    assert rows.check_positions(*limits, None, 13) == [told.format(14, recipe.model, 13, "training", 13)]
+    assert rows.check_positions(*limits, None, 14) == []
+    assert rows.check_positions(*limits, 8, 11) == [told.format(12, recipe.model, 11, "evaluation", 11)]
+    assert rows.check_positions(*limits, None, None) == []
+
+
 def test_fewer_rows_than_asked_for_are_told(tree):
     tree["tasks"] = {"sums": {"train_samples": 25}, "letters": {}}
     with pytest.warns(UserWarning, match="the train data of task 'sums' has 24 rows, and not the 25 asked for"):

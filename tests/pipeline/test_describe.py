@@ -112,3 +112,14 @@ def test_what_is_doubtful_about_the_rows_is_said_before_and_kept_after(tree, tas
     folder = run(parse_recipe(tree), stop_after="probe")
     assert Steps(folder).read("tasks")["result"]["warnings"] == plan["warnings"]
     assert f"warning: {plan['warnings'][0]}" in capsys.readouterr().out
+
+
+def test_rows_beyond_the_model_s_positions_are_said_before(tree, tiny_model, tmp_path):
+    tree["model"] = str(shutil.copytree(tiny_model, tmp_path / "short"))
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 6}))
+    said = [text for text in describe(Run(parse_recipe(tree)))["warnings"] if "positions" in text]
+    assert len(said) == 2  # one task's rows in both splits; those of the others have six tokens at most
+    assert said[0].endswith("has 6 positions: set training.max_length to 6 at most")
+    tree["training"]["max_length"] = tree["evaluation"]["max_length"] = 6
+    assert not [text for text in describe(Run(parse_recipe(tree)))["warnings"] if "positions" in text]

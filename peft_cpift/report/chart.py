@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 300, 150
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 44, 18, 10, 24  # right: half of the last number under the axis
 POINTS = 150
 """A longer line is thinned to this many points, each the mean of its neighbours (ours)."""
 

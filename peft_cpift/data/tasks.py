@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -232,15 +233,17 @@ def mixture(parts: list[Dataset], seed: int) -> Dataset:
 def calibration_sets(
     data: dict[str, TaskData], fraction: float, seed: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> dict[str, Dataset]:
-    """The same number of training rows from every task, of which training keeps something at `max_length`.
+    """As many training rows from every task, of which training keeps something at `max_length`; all of a smaller task.
+
+    A scarce task gives what it has, and leaves the others' sets as large as they are: cut down to its size, all of
+    them would be too small to train on (ours).
 
     Args:
-        fraction: of the smallest task's rows, in (0, 1]; at least one row is taken.
+        fraction: of the rows that the tasks have on average, in (0, 1]; at least one row is taken.
     """
-    count = max(1, round(fraction * min(len(task.train) for task in data.values())))
+    count = max(1, round(fraction * statistics.fmean(len(task.train) for task in data.values())))
     drawn = {name: _draw(task.train, count, seed, tokenizer, max_length) for name, task in data.items()}
-    count = min(map(len, drawn.values()))  # where too few rows of a task are short enough
-    return {name: data[name].train.select(numbers[:count]) for name, numbers in drawn.items()}
+    return {name: data[name].train.select(numbers) for name, numbers in drawn.items()}
 
 
 def _draw(

@@ -298,7 +298,7 @@ class Run:
         settings = {"training": fields, "rows": self._rows(stage.tasks), "seed": self.recipe.seed}
         settings["tasks"] = list(stage.tasks)  # their order is that of the rows before they are shuffled
         if stage.calibration:
-            settings["calibration_rows"] = len(next(iter(self.maker.calibration.values())))
+            settings["calibration_rows"] = [len(self.maker.calibration[task]) for task in stage.tasks]
         after = tuple(dict.fromkeys((stage.start, *stage.frozen, *others)))
 
         def make() -> dict[str, Any]:

@@ -212,7 +212,7 @@ class Integration:
     """`staged`: group by group with the cores of earlier groups frozen (the paper). `mixed`: all at once with every
     core frozen. `none`: the fused model is the result."""
     calibration_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.25
-    """Share of the smallest task's training rows that is drawn from every task."""
+    """Share of the training rows that is drawn, as many from every task; all of a task that has fewer."""
     dynamic_regions: Switch = False
     """Find after each stage the stage's own core, `core.percent` of all coordinates, and freeze that as well in later
     stages."""

@@ -90,10 +90,18 @@ def test_hub_data_is_named_split_and_rendered_by_its_columns(tree, monkeypatch):
 def test_calibration_sets_are_equally_large_parts_of_the_training_rows(tree):
     data = load(tree)
     sets = rows.calibration_sets(data, 0.25, 0, joining_tokenizer(), None)
-    assert {name: len(part) for name, part in sets.items()} == {"sums": 4, "letters": 4, "larger": 4}
+    assert {name: len(part) for name, part in sets.items()} == {"sums": 5, "letters": 5, "larger": 5}  # 21 / 4
     for name, part in sets.items():
         pairs = set(zip(data[name].train["prompt"], data[name].train["completion"], strict=True))
         assert set(zip(part["prompt"], part["completion"], strict=True)) <= pairs
+
+
+def test_a_scarce_task_gives_all_it_has_and_leaves_the_others_calibration_sets_large(tree, tmp_path):
+    many, few = ([{"prompt": "?", "completion": str(n)} for n in range(count)] for count in (40, 5))
+    tree |= {"data": None, "tasks": write_rows(tmp_path, {"a": (many, {}), "b": (few, {}), "c": (many[:33], {})})}
+    sets = rows.calibration_sets(load(tree), 0.5, 1, joining_tokenizer(), None)
+    assert {name: len(part) for name, part in sets.items()} == {"a": 13, "b": 5, "c": 13}  # half of 26
+    assert set(sets["b"]["completion"]) == set("01234")
 
 
 def test_calibration_sets_hold_only_rows_that_training_keeps(tree, tmp_path):
@@ -104,7 +112,7 @@ def test_calibration_sets_hold_only_rows_that_training_keeps(tree, tmp_path):
     # 2, 4 and 6 tokens are shorter than 7, and leave room.
     for fraction, expected in ((0.1, 2), (0.5, 3)):
         sets = rows.calibration_sets(data, fraction, 1, joining_tokenizer(), 7)
-        assert [len(part) for part in sets.values()] == [expected, expected]
+        assert [len(part) for part in sets.values()] == [expected, 20 * fraction]
         assert set(sets["a"]["completion"]) <= {"1", "2", "3"}
         assert len(set(sets["a"]["completion"])) == expected
 

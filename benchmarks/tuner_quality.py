@@ -3,6 +3,7 @@ r"""Does Propulsion train as well as its peers? A pre-trained encoder, three rea
     python benchmarks/tuner_quality.py MODEL DATA --workers 2                       # sst2, arc_easy, match
     python benchmarks/tuner_quality.py MODEL DATA --workers 2 --part ablations      # Propulsion's settings, on sst2
     python benchmarks/tuner_quality.py MODEL DATA --part memory                     # peaks on sst2, a minute
+    python benchmarks/tuner_quality.py MODEL DATA --part time                       # steps on sst2, 3 minutes alone
     python benchmarks/tuner_quality.py --table                                      # from the results alone
 
 MODEL is the folder of a small BERT, such as all-MiniLM-L6-v2, and DATA one with sst2_{train,dev,test}.jsonl,
@@ -23,8 +24,9 @@ linear layers of the blocks; (IA)³ and BEFT where PEFT puts them for BERT; Laye
 and value ("attention") or in all linear layers and the embeddings ("all"); prompt and prefix tuning with 10 virtual
 tokens, which are not pooled.
 
-Peak memory is that of two steps on the longest of the first seed's batches, above the weights: activations, gradients
-and AdamW's state, the head's too.
+Step times are ratios within a round, in which every method takes the same few steps, one method after the other in one
+process. Peak memory is that of two steps on the longest of the first seed's batches, above the weights: activations,
+gradients and AdamW's state, the head's too.
 
 Intervals are 95% over seeds, by Student's t: they cover the head's start, the order of rows and dropout. They do not
 cover the choice of test rows, which is the same for all methods; nor the sweep's own luck.
@@ -161,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", help="folder of a small BERT")
     parser.add_argument("data", type=Path, nargs="?", help="folder of JSON lines")
-    parser.add_argument("--part", choices=("main", "ablations", "memory"), default="main")
+    parser.add_argument("--part", choices=("main", "ablations", "memory", "time"), default="main")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="of the main part")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, beside the head")
     parser.add_argument("--seeds", type=int, nargs="+", help="0 to 4, for ablations 0 to 2")
@@ -194,6 +196,12 @@ def main() -> None:
         wanted = [memory_settings(name, fingerprint(arguments.model)) for name in chosen]
         work = partial(measure_memory, model=arguments.model, data=arguments.data)
         compute(arguments.results / "memory.jsonl", wanted, work, workers=arguments.workers)
+    elif arguments.part == "time":
+        if FULL not in chosen:
+            parser.error(f"times are shares of those of '{FULL}': name it too")
+        wanted = [time_settings(chosen, fingerprint(arguments.model))]
+        work = partial(measure_time, model=arguments.model, data=arguments.data)
+        compute(arguments.results / "time.jsonl", wanted, work, workers=arguments.workers)
     else:
         study(task="sst2", methods=chosen, seeds=arguments.seeds or range(3))
 
@@ -303,6 +311,31 @@ def measure_memory(settings: Settings, *, model: Path, data: Path) -> dict[str, 
     return {"peak_bytes": peak_bytes(two_steps, [*classifier.parameters(), *classifier.buffers()])}
 
 
+def time_settings(methods: Sequence[str], model: str) -> Settings:
+    """All that step times, which are compared with each other, depend on; but for the machine."""
+    return {
+        **{"study": "step time", "task": "sst2", "methods": list(methods), "model": model},
+        **{"batch": SIZES["sst2"]["batch"], "length": SIZES["sst2"]["length"], "rounds": 12, "steps": 5},
+    }
+
+
+def measure_time(settings: Settings, *, model: Path, data: Path) -> dict[str, list[float]]:
+    """The median time of a step, in seconds, of each method and round. A first round, to warm up, is left out."""
+    task = load_task(settings["task"], model, data, settings["length"])
+    classifiers = {
+        name: make_classifier(copy.deepcopy(load_encoder(model)), METHODS[name][0], task.outputs, 0)
+        for name in settings["methods"]
+    }
+    shared = {"steps": settings["steps"], "batch_size": settings["batch"]}
+    seconds: dict[str, list[float]] = {name: [] for name in classifiers}
+    for number in range(settings["rounds"] + 1):
+        for name, classifier in classifiers.items():
+            trained = train(classifier, task.train, rate=1e-4, head_rate=1e-3, seed=number, **shared)
+            if number:
+                seconds[name].append(trained["step_seconds"])
+    return seconds
+
+
 @cache
 def fingerprint(model: Path) -> str:
     """The beginning of the SHA-256 of a model's weights: names the model wherever it lies."""
@@ -339,6 +372,11 @@ def write_tables(folder: Path) -> None:
         (run["settings"]["task"], run["settings"]["method"]): run["result"]["peak_bytes"]
         for run in load(folder / "memory.jsonl")
     }
+    times = {
+        (run["settings"]["task"], name): [one / full for one, full in zip(own, run["result"][FULL], strict=True)]
+        for run in load(folder / "time.jsonl")
+        for name, own in run["result"].items()
+    }
     lines = ["# Propulsion and its peers on a pre-trained encoder", ""]
     lines += [
         "Made by `python benchmarks/tuner_quality.py --table`, whose docstring says how the numbers come about.",
@@ -349,7 +387,7 @@ def write_tables(folder: Path) -> None:
         chosen = [
             run for run in runs if run["settings"]["task"] == TASKS[number] and run["settings"]["steps"] == steps
         ]
-        lines += task_section(TASKS[number], steps, chosen, peaks)
+        lines += task_section(TASKS[number], steps, chosen, peaks, times)
         draw_pictures(folder, f"{TASKS[number]}-{steps}", chosen)
     lines += ["## Machines", "", *sorted({f"- {run['machine']}" for run in runs}), ""]
     (folder / "results.md").write_text("\n".join(lines), encoding="utf-8")
@@ -364,8 +402,14 @@ def by_method(runs: Iterable[dict[str, Any]], names: Iterable[str]) -> Iterator[
             yield name, {run["settings"]["seed"]: run for run in own}
 
 
-def task_section(task: str, steps: int, runs: list[dict[str, Any]], peaks: dict[tuple[str, str], int]) -> list[str]:
-    """The tables of one task; `peaks` are of memory, by task and method."""
+def task_section(
+    task: str,
+    steps: int,
+    runs: list[dict[str, Any]],
+    peaks: dict[tuple[str, str], int],
+    times: dict[tuple[str, str], list[float]],
+) -> list[str]:
+    """The tables of one task; `peaks` of memory and `times`, as shares of full's, are by task and method."""
     final = dict(by_method(runs, [*METHODS, *ABLATIONS]))
     if not final:
         return []
@@ -374,52 +418,57 @@ def task_section(task: str, steps: int, runs: list[dict[str, Any]], peaks: dict[
     sizes = ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in SIZES[task])
     lines = [f"## {task}, {steps} steps", "", f"{sizes}; the head's rate {settings['head_rate']:g}.", ""]
 
-    def points(name: str) -> dict[int, float]:
-        return {
-            seed: 100 * run["result"]["test"]["accuracy"] for seed, run in final[name].items() if run["result"]["test"]
-        }
+    def points(name: str, what: str) -> dict[int, float]:
+        tests = {seed: run["result"]["test"] for seed, run in final[name].items()}
+        return {seed: (100 if what == "accuracy" else 1) * test[what] for seed, test in tests.items() if test}
 
-    def against(name: str, other: str) -> str:
+    def against(name: str, other: str, what: str, digits: int) -> str:
         if name == other or other not in final:
             return ""
-        shared = points(name).keys() & points(other).keys()
-        return difference(points(name), points(other)).show(2, signed=True) if shared else ""
+        one, base = points(name, what), points(other, what)
+        return difference(one, base).show(digits, signed=True) if one.keys() & base.keys() else ""
 
     def row(name: str) -> str:
         results = {seed: run["result"] for seed, run in final[name].items()}
         one = next(iter(results.values()))
         failed = sum(result["test"] is None for result in results.values())
-        shown = interval(list(points(name).values())).show(2) if points(name) else "diverged"
+        accuracies, losses = (list(points(name, what).values()) for what in ("accuracy", "loss"))
         own = [steps_until(result["curve"], target(result["curve"])) for result in results.values()]
         full = final.get(FULL, {})
         shared = [seed for seed in results if seed in full]
         as_full = [steps_until(results[seed]["curve"], target(full[seed]["result"]["curve"])) for seed in shared]
-        times = [results[seed]["step_seconds"] / full[seed]["result"]["step_seconds"] for seed in shared]
         cells = [
             name + (f" ({failed} of {len(results)} diverged)" if failed else ""),
             show_rate(name, runs, final[name]),
             f"{one['parameters']:,}",
-            shown,
-            against(name, LORA),
-            against(name, FULL),
+            interval(accuracies).show(2) if accuracies else "diverged",
+            against(name, LORA, "accuracy", 2),
+            against(name, FULL, "accuracy", 2),
+            interval(losses).show(3) if losses else "diverged",
+            against(name, LORA, "loss", 3),
+            against(name, FULL, "loss", 3),
             show_steps(own),
             show_steps(as_full),
-            f"{statistics.median(times):.2f}" if times else "",
+            f"{statistics.median(times[task, name]):.2f}" if (task, name) in times else "",
             f"{peaks[task, name] / 2**20:.0f}" if (task, name) in peaks else "",
             f"{one['file_bytes'] / 1000:,.1f}",
         ]
         return f"| {' | '.join(cells)} |"
 
-    head = "| method | rate | parameters | test accuracy, % | minus LoRA r=8 | minus full | steps to 95% of its best "
-    head += "| steps to 95% of full's | step / full's | peak memory, MiB | file, kB |"
-    ruler = "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    head = (
+        "| method | rate | parameters | test accuracy, % | minus LoRA r=8 | minus full | test loss | minus LoRA r=8 "
+    )
+    head += "| minus full | steps to 95% of its best | steps to 95% of full's | step / full's | peak memory, MiB "
+    head += "| file, kB |"
+    ruler = "| --- |" + " ---: |" * 13
     for title, names in (("Methods", METHODS), ("Ablations of Propulsion (all, k=15)", ABLATIONS)):
         if not set(names) & set(final):
             continue
         lines += [f"### {title}", "", head, ruler, *(row(name) for name in names if name in final), ""]
     lines += [
         "Parameters are without the head's. Steps are read off the curve of validation rows, as medians over seeds;",
-        "— where more than half of the seeds do not get there. A rate with * is at the edge of its sweep.",
+        "— where more than half of the seeds do not get there. A rate with * is at the edge of its sweep. Times are",
+        "medians of ratios, peaks of memory above the weights; both are measured apart from the runs, on sst2.",
         "",
         *z_table(final),
     ]

@@ -164,6 +164,13 @@ def test_peaks_of_memory_follow_what_is_trained(model, data):
     assert peaks["full"] > 12 * weights  # gradients and two moments, of four bytes each
 
 
+def test_every_method_s_steps_are_timed_in_every_round(model, data):
+    settings = {**tuner_quality.time_settings(["full", "BEFT"], ""), "batch": 4, "length": 16, "rounds": 2, "steps": 2}
+    seconds = tuner_quality.measure_time(settings, model=model, data=data)
+    assert list(map(len, seconds.values())) == [2, 2]
+    assert min(map(min, seconds.values())) > 0
+
+
 def test_a_study_follows_the_best_rate_beyond_an_edge_and_makes_its_table(tmp_path, monkeypatch):
     def work(settings, *, model, data):
         rate = settings["rate"] or settings["head_rate"]
@@ -195,11 +202,14 @@ def test_a_study_follows_the_best_rate_beyond_an_edge_and_makes_its_table(tmp_pa
     assert {run["settings"]["head_rate"] for run in runs if run["settings"]["method"] != "head"} == {1.0}
     peak = {"settings": {"task": "sst2", "method": "BEFT"}, "result": {"peak_bytes": 3 << 20}}
     (tmp_path / "memory.jsonl").write_text(json.dumps(peak))
+    times = {"settings": {"task": "sst2"}, "result": {"full": [2.0, 1.0, 4.0], "BEFT": [1.0, 0.5, 1.0]}}
+    (tmp_path / "time.jsonl").write_text(json.dumps(times))
     tuner_quality.write_tables(tmp_path)
     table = (tmp_path / "results.md").read_text()
-    assert "| full | 0.01* | 10 | 80.00 ± 0.00 |  |  | 10 | 10 | 1.00 |  | 0.1 |" in table
+    assert "| full | 0.01* | 10 | 80.00 ± 0.00 |  |  | 0.200 ± 0.000 |  |  | 10 | 10 | 1.00 |  | 0.1 |" in table
     assert "| BEFT | 1* |" in table
-    assert "| 1.00 | 3 | 0.1 |" in table
+    assert "| 0.000 ± 0.000 |  | -0.200 ± 0.000 |" in table
+    assert "| 0.50 | 3 | 0.1 |" in table
     assert (tmp_path / "sst2-10-accuracy.png").exists()
 
 

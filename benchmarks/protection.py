@@ -80,7 +80,7 @@ def freeze(by: str, percent: float, **more: str) -> dict[str, Any]:
 
 
 NONE = {"kind": "none"}
-STRENGTHS = (0.01, 0.1, 1, 10)
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1, 10)
 COSTS = [
     *({"kind": "ewc", "by": by, "strength": much} for by in ("fisher", "second_moment") for much in STRENGTHS),
     *({"kind": "l2", "strength": much} for much in STRENGTHS),
@@ -88,7 +88,7 @@ COSTS = [
 ]
 DECAYS = [
     {"kind": "decay", "by": "second_moment", "power": power, "strength": strength}
-    for power, strengths in ((1, (0.03, 0.1, 0.3, 1)), (0.5, (0.01, 0.03, 0.1)), (0, (0.01, 0.03)))
+    for power, strengths in ((1, (0.03, 0.1, 0.3, 1)), (0.5, (0.01, 0.03, 0.1)), (0, (0.01, 0.03, 0.1, 0.3)))
     for strength in strengths
 ]
 # What is compared, in the order in which it is computed: way of training, what else differs, protections, seeds.

@@ -242,10 +242,12 @@ def plan(study: Study, recipe: Recipe, chosen: dict[str, Any]) -> list[Settings]
                 cell(" then ".join(order), "pair", chosen["cpift"], keys, tasks=order, every=True)
                 | {"baseline_rate": chosen["sequence"]["rate"]}
             )
-    # A tenth of one task's rows; all else as the methods were tuned for the whole.
+    # A tenth of one task's rows; all else as the methods were tuned for the whole, but for a warm-up of as many steps
+    # as a whole task has use for, which would be most of a scarce one's.
     for name in ("CPI-FT", "multi_task", "linear", "ties", "sequence", "replay", "ewc"):
         one = cell(name, "scarce", chosen["cpift"], every=True) if name == "CPI-FT" else method(study, name, chosen)
-        cells.append(one | {"kind": "scarce", "scarce": study.scarce})
+        keys = [*one["keys"], "training.warmup_steps=0.06"]
+        cells.append(one | {"kind": "scarce", "scarce": study.scarce, "keys": keys})
     return cells
 
 

@@ -102,7 +102,9 @@ def write_page(file: Path, cells: Sequence[Mapping[str, Any]]) -> Path:
         "## Forgetting: two tasks, one after the other",
         "",
         "A is learned, then B. Of CPI-FT, `after A` is A's probe, and its last stage sees some rows of A again, which "
-        "the others do not. `A lost` is in points, `B gained` is over the model before training.",
+        "the others do not; their rate is that which was chosen for all tasks one after the other. `A lost` is in "
+        "points, `B gained` over the model before training, `both` the mean of A and B at the end, of which the "
+        "difference is formed.",
         "",
         *_pair_table([run for run in tests if run["settings"]["kind"] == "pair"]),
         "",
@@ -218,13 +220,16 @@ def _pair_table(runs: Sequence[Run]) -> list[str]:
                 "A lost": score(after, first) - score(end, first),
                 "B": score(end, second),
                 "B gained": score(end, second) - score("base", second),
+                "both": (score(end, first) + score(end, second)) / 2,
             }
             for what, value in values.items():
                 rows[pair, method][what][seed] = value
-    columns = ("after A", "after B", "A lost", "B", "B gained")
-    lines = ["| A → B | method | " + " | ".join(columns) + " |", "| --- | --- |" + " ---: |" * len(columns)]
+    columns = ("after A", "after B", "A lost", "B", "B gained", "both")
+    lines = [f"| A → B | method | {' | '.join(columns)} | CPI-FT minus it |"]
+    lines.append("| --- | --- |" + " ---: |" * (len(columns) + 1))
     for (pair, method), values in rows.items():
-        lines.append(f"| {pair} | {method} | " + " | ".join(_show(values[what]) for what in columns) + " |")
+        against = "" if method == "CPI-FT" else _against(rows[pair, "CPI-FT"]["both"], values["both"])
+        lines.append(f"| {pair} | {method} | {' | '.join(_show(values[what]) for what in columns)} | {against} |")
     return lines
 
 

@@ -66,7 +66,7 @@ def test_groups_that_are_not_known_stand_as_one(tree):
     assert plan["groups"] is None
     assert [(one["name"], one.get("rows")) for one in plan["trainings"]] == [
         *(("probe sums", 24), ("probe letters", 16), ("probe larger", 24)),
-        *(("multi-stage 1/1", 64), ("final", 24), ("multi-task", None)),
+        *(("multi-stage 1/1", 64), ("final", 33), ("multi-task", None)),
     ]
     # Groups of one would each be a stage, and with steps that are given each stage costs as much.
     alone = describe(Run(parse_recipe(tree | {"grouping": {"order": [["sums"], ["letters"], ["larger"]]}})))

@@ -147,6 +147,7 @@ def trees(tiny_model, task_folder) -> dict[str, dict]:
         },
         "core": {"percent": 10.0},
         "grouping": {"threshold": 1.0, "order": [["larger"], ["letters"], ["sums"]]},
+        "integration": {"calibration_fraction": 0.375},  # 8 rows of every task
         "evaluation": {"max_new_tokens": 4, "batch_size": 2},  # so that every process scores some of a task
         "baselines": {"training": {"save_steps": 20}},
         "report": {"picture": False},

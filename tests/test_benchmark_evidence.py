@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from evidence.intervals import difference, interval
 from evidence.memory import peak_bytes
-from evidence.runs import compute, load
+from evidence.runs import commit, compute, load
 
 
 def double(settings):
@@ -75,6 +76,25 @@ def test_files_of_two_machines_are_joined_by_concatenation(tmp_path):
     compute(file, [{"x": 1}, {"x": 5}], double, workers=0)
     assert [run["result"]["y"] for run in load(file)] == [2, 10]
     assert len(file.read_text().splitlines()) == 2
+
+
+def test_the_commit_is_marked_when_code_differs_but_not_for_results(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit.__wrapped__(tmp_path) is None
+
+    def git(*arguments):
+        name = ("-c", "user.name=A", "-c", "user.email=a@b.c")
+        return subprocess.run(["git", *name, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "First")
+    head = git("log", "-1", "--format=%h").stdout.strip()
+    (tmp_path / "runs.jsonl").write_text("{}")
+    assert commit.__wrapped__(tmp_path) == head
+    (tmp_path / "code.py").write_text("2")
+    assert commit.__wrapped__(tmp_path) == f"{head}+"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's allocator rounds")

@@ -4,7 +4,7 @@ A study lists the settings of all runs that it wants. `compute` makes those that
 processes, and writes each result down as soon as it is there. So a study can be stopped at any time and started again,
 on another machine too, and further settings can be added later. Files of two machines are joined by `cat a b > c`.
 
-The file has one JSON object a line, sorted by settings: `settings`, `result`, `seconds` and `machine`.
+The file has one JSON object a line, sorted by settings: `settings`, `result`, `seconds`, `machine` and `commit`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,6 +29,8 @@ from filelock import FileLock
 from peft_cpift.checkpoint import complete_file
 
 PACKAGES = ("torch", "transformers", "peft")
+CHECKOUT = Path(__file__).parents[2]
+CODE = ("*.py", "*.yaml")  # results, which are written meanwhile, are no part of it
 Settings = dict[str, Any]
 
 
@@ -59,6 +64,16 @@ def machine() -> str:
     else:
         device = f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
     return ", ".join([device, *(f"{package} {version(package)}" for package in PACKAGES)])
+
+
+@cache
+def commit(folder: Path = CHECKOUT) -> str | None:
+    """The commit of the code when this process began, "+" behind it if files differ; None where git knows of none."""
+    if not shutil.which("git"):
+        return None
+    git = partial(subprocess.run, cwd=folder, capture_output=True, text=True)
+    head, changes = git(["git", "rev-parse", "--short", "HEAD"]), git(["git", "status", "--porcelain", "--", *CODE])
+    return head.stdout.strip() + "+" * bool(changes.stdout) if head.returncode == 0 else None
 
 
 def compute(
@@ -109,6 +124,7 @@ def _measure(work: Callable[[Settings], dict[str, Any]], settings: Settings) -> 
         "result": result,
         "seconds": round(time.perf_counter() - start, 2),
         "machine": machine(),
+        "commit": commit(),
     }
 
 

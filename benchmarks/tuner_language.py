@@ -57,6 +57,7 @@ METHODS: dict[str, tuple[dict[str, Any] | None, float, float]] = {
     FULL: (None, 3e-6, 3e-5),
     LORA: (lora(8), 1e-4, 1e-3),
     "Propulsion all, k=15": (propulsion("all", 15), 3e-4, 3e-3),
+    "Propulsion linear, k=15": (propulsion("all-linear", 15), 3e-4, 3e-3),
     "Propulsion attention, k=15": (propulsion("attention", 15), 3e-4, 3e-3),
     "(IA)³": (
         {

@@ -21,8 +21,8 @@ stops early.
 
 The methods: full fine-tuning; the head alone; BitFit (all biases of the encoder); LoRA, RoAd (road_1) and VeRA in all
 linear layers of the blocks; (IA)³ and BEFT where PEFT puts them for BERT; LayerNorm tuning; Propulsion in query, key
-and value ("attention") or in all linear layers and the embeddings ("all"); prompt and prefix tuning with 10 virtual
-tokens, which are not pooled.
+and value ("attention"), in all linear layers of the blocks ("linear"), or in these and the embeddings ("all"); prompt
+and prefix tuning with 10 virtual tokens, which are not pooled.
 
 Step times are ratios within a round, in which every method takes the same few steps, one method after the other in one
 process. Peak memory is that of two steps on the longest of the first seed's batches, above the weights: activations,
@@ -90,6 +90,7 @@ METHODS: dict[str, tuple[dict[str, Any], float, float]] = {
     FULL: ({"train": "all"}, 3e-5, 1e-3),
     LORA: (lora(8), 3e-4, 1e-2),
     "Propulsion all, k=15": (propulsion(), 3e-4, 1e-2),
+    "Propulsion linear, k=15": (propulsion(BLOCKS), 3e-4, 1e-2),
     "Propulsion attention, k=15": (propulsion("attention"), 3e-4, 1e-2),
     "LoRA r=1": (lora(1), 1e-3, 3e-2),
     "(IA)³": (

@@ -2,6 +2,7 @@
 
     python benchmarks/interference.py                              # the demonstration's model
     python benchmarks/interference.py --model MODEL --data DATA    # a real model on real tasks
+    python benchmarks/interference.py --gentler                    # at a third of the rate, where less is lost
     python benchmarks/interference.py --table                      # Spearman correlations, from what was computed
 
 Every ordered pair of tasks is trained one after the other, as `protection.py` does with nothing protected. The harm is
@@ -48,22 +49,23 @@ from peft_cpift.demo import TASKS
 CORES = {f"core by {by}, {percent}%": (by, percent) for by in ("update", "second_moment") for percent in (1, 10)}
 CORES["random sets, 1%"] = ("random", 1)
 GRADIENT_ROWS = 128
+TIMES = (1, 1 / 3)
 Pairs = dict[tuple[str, ...], float]
 """A number for each ordered pair of tasks."""
 
 
-def settings_of(place: Place, seed: int) -> dict[str, Any]:
-    """What all runs of a seed share."""
+def settings_of(place: Place, seed: int, times: float) -> dict[str, Any]:
+    """What all runs of a seed share, at so many times the best learning rate."""
     scale = REAL if place.model else SMALL
-    rate = best_rates(place, ["full"])["full"]
+    rate = best_rates(place, ["full"])["full"] * times
     return {"model": place.name, "seed": seed, **WAYS["full"], **scale["length"], "rate": rate}
 
 
-def sequences(place: Place, seeds: range) -> Iterator[dict[str, Any]]:
+def sequences(place: Place, seeds: range, times: float) -> Iterator[dict[str, Any]]:
     """Every ordered pair of tasks, nothing protected."""
     for seed in seeds:
         for first, second in permutations(REAL_TASKS if place.model else TASKS, 2):
-            shared = settings_of(place, seed)
+            shared = settings_of(place, seed, times)
             yield {
                 **shared,
                 **{"first": first, "second": second, "split": "test"},
@@ -128,31 +130,38 @@ def gained(result: dict[str, Any]) -> float:
     return result["first"]["base"]["loss"] - result["first"]["own"]["loss"]
 
 
-def table(place: Place) -> str:
-    """A Markdown table of rank correlations, the best predictor first."""
+def table(place: Place, times: float) -> str:
+    """A Markdown table of rank correlations, the best predictor first; empty if no seed is complete."""
     harms: dict[int, Pairs] = {}
     controls: dict[int, Pairs] = {}
     for run in load(RESULTS / f"{place.name}.jsonl"):
         settings, pair = run["settings"], (run["settings"]["first"], run["settings"]["second"])
-        wanted = settings_of(place, settings["seed"])
+        wanted = settings_of(place, settings["seed"], times)
         wanted |= {"second_rate": wanted["rate"], "protect": {"kind": "none"}, "split": "test"}
         if all(settings[name] == value for name, value in wanted.items()):
             harms.setdefault(settings["seed"], {})[pair] = harm(run["result"])
             controls.setdefault(settings["seed"], {})[pair] = gained(run["result"])
     known: dict[str, dict[int, Pairs]] = {"loss gained by the first task": controls}
     for run in load(RESULTS / f"{place.name}-predictors.jsonl"):
+        if run["settings"] != settings_of(place, run["settings"]["seed"], times):
+            continue
         for label, pairs in run["result"].items():
             values = {tuple(pair.split()): value for pair, value in pairs.items()}
             known.setdefault(label, {})[run["settings"]["seed"]] = values
     tasks = sorted({task for pairs in harms.values() for pair in pairs for task in pair})
     count = len(tasks) * (len(tasks) - 1)
     seeds = [seed for seed in sorted(harms) if len(harms[seed]) == count and all(seed in of for of in known.values())]
+    if not seeds or len(known) == 1:
+        return ""
+    lost, won = (sum(pairs[seed][pair] for seed in seeds for pair in pairs[seed]) for pairs in (harms, controls))
     rows = []
     for label, of in known.items():
         found = [correlate(tasks, [of[seed] for seed in seeds], [harms[seed] for seed in seeds], w) for w in (0, 1)]
         rows.append((f"| {label} | " + " | ".join(f"{rho:+.2f} | {p:.2f}" for rho, p in found) + " |", found[0][0]))
     rows.sort(key=lambda row: -abs(row[1]))
-    lines = [f"{len(seeds)} seeds, {len(tasks)} tasks, {count} ordered pairs.", ""]
+    lines = [f"## Learning rate {settings_of(place, 0, times)['rate']:g}", ""]
+    lines += [f"{len(seeds)} seeds, {len(tasks)} tasks, {count} ordered pairs. Of all that the first tasks gained"]
+    lines += [f"{lost / won:.0%} is lost.", ""]
     lines += ["| known after the probes | rank correlation with the harm | p | within one first task | p |"]
     lines += ["| --- | ---: | ---: | ---: | ---: |", *(line for line, _ in rows)]
     return "\n".join(lines) + "\n"
@@ -192,6 +201,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model folder; the demonstration's model by default")
     parser.add_argument("--data", type=Path, help="the folder with the real tasks' rows")
     parser.add_argument("--seeds", type=int, nargs=2, metavar=("FROM", "TO"), default=(0, 10))
+    parser.add_argument("--gentler", action="store_true", help="at a third of the best learning rate")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "cpift-protection")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="make the table of what was computed")
@@ -199,11 +209,13 @@ def main() -> None:
     place = Place(arguments.model, arguments.data, arguments.cache)
     if arguments.table:
         with complete_file(RESULTS / f"{place.name}-interference.md") as partial_file:
-            partial_file.write_text(f"# Does overlap predict harm? {place.name}\n\n{table(place)}", encoding="utf-8")
+            parts = [f"# Does overlap predict harm? {place.name}\n", *(table(place, times) for times in TIMES)]
+            partial_file.write_text("\n".join(part for part in parts if part), encoding="utf-8")
         return
-    seeds, workers = range(*arguments.seeds), arguments.workers
-    compute(RESULTS / f"{place.name}.jsonl", sequences(place, seeds), partial(run_sequence, place), workers=workers)
-    wanted = [settings_of(place, seed) for seed in seeds]
+    seeds, times, workers = range(*arguments.seeds), TIMES[arguments.gentler], arguments.workers
+    wanted = sequences(place, seeds, times)
+    compute(RESULTS / f"{place.name}.jsonl", wanted, partial(run_sequence, place), workers=workers)
+    wanted = (settings_of(place, seed, times) for seed in seeds)
     compute(RESULTS / f"{place.name}-predictors.jsonl", wanted, partial(predict, place), workers=workers)
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import interference
 from evidence.importance import MEASURES, Recorder, fisher, measure
 from evidence.language import Diverged, Row, compact_vocabulary, draw, load_demo, loss_of, score, start, train, trained
 from evidence.protection_tables import collect, control_of, table
+from evidence.runs import save
 from evidence.sequence import Place, choose, first_task, run_sequence
 from interference import correlate, cosine, harm
 from scipy.stats import spearmanr
@@ -285,6 +287,25 @@ def test_correlations_are_of_names_that_are_permuted():
     assert correlate(tasks, [of_first], [harms], 1) == (0.0, 1.0)  # within one first task it is constant
     against = {pair: -value for pair, value in harms.items()}
     assert correlate(tasks, [against], [harms], 1)[0] == pytest.approx(-1)
+
+
+def test_rates_are_tables_of_their_own(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(interference, "RESULTS", tmp_path)
+    monkeypatch.setattr(interference, "best_rates", lambda place, ways: {"full": 0.003})
+    for times, rise in ((1, 2.0), (1 / 3, 0.25)):
+        wanted = list(interference.sequences(place, range(1), times))
+        for settings in wanted:
+            lost = {name: {"loss": loss} for name, loss in (("base", 2.0), ("own", 1.0), ("end", 1.0 + rise))}
+            save(tmp_path / "demo.jsonl", {"settings": settings, "result": {"first": lost}})
+        assert interference.table(place, times) == ""  # nothing to correlate it with yet
+        shared = interference.settings_of(place, 0, times)
+        pairs = {f"{run['first']} {run['second']}": float(number) for number, run in enumerate(wanted)}
+        save(tmp_path / "demo-predictors.jsonl", {"settings": shared, "result": {f"at {times:.2f}": pairs}})
+    whole, third = (interference.table(place, times) for times in (1, 1 / 3))
+    assert all(text in whole for text in ("rate 0.003", "200% is lost", "| at 1.00 |"))
+    assert all(text in third for text in ("rate 0.001", "25% is lost", "| at 0.33 |"))
+    assert "at 0.33" not in whole
+    assert "at 1.00" not in third
 
 
 def test_a_random_unit_is_drawn_once(place, records):

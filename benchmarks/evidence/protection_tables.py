@@ -27,6 +27,14 @@ is the difference from a random choice of as many coordinates, formed within eac
 out 0. In so many rows some are bold by chance. Losses and shares of exact answers are means over the pairs. The last
 two columns say how much of the first task's squared update and Fisher information the chosen coordinates hold.
 """
+PULLS = {
+    "elastic pull by": ("+", "EWC"),
+    "elastic pull,": ("1", "elastic pull, all alike"),
+    "`consolidate` by second_moment": ("P", "consolidated by second_moment"),
+    "`consolidate` alike": ("X", "consolidated, all alike"),
+    "replay": ("*", "replay"),
+}
+"""The marker and the name in the figure of all labels that begin so."""
 Values = dict[int, float]
 """A number for each seed, over the pairs of tasks."""
 
@@ -53,10 +61,12 @@ def label_of(settings: dict[str, Any]) -> str:
     if kind == "none":
         slower = settings["rate"] / settings["second_rate"]
         return "nothing" if slower < 1.01 else f"nothing, rate / {slower:.0f}"
+    if kind == "decay":
+        weights = {0: "alike", 0.5: f"by root {protect['by']}", 1: f"by {protect['by']}"}[protect["power"]]
+        return f"`consolidate` {weights}, {protect['strength']:g}"
     return {
         "ewc": "elastic pull by {by} (EWC), {strength:g}",
         "l2": "elastic pull, {strength:g}",
-        "decay": "`consolidate` by {by}^{power:g}, {strength:g}",
         "replay": "replay of {share:.0%} rows",
         "project": "steps freed of {gradients} gradients",
     }[kind].format(**protect)
@@ -158,10 +168,10 @@ def plot(protections: dict[str, dict[str, Values]], file: Path, title: str) -> N
             axes.scatter(*_means(points), marker=marker, label=f"frozen by {name}", alpha=0.8)
     frontier = [m for label, m in protections.items() if label.startswith(("nothing", "stopped"))]
     axes.scatter(*_means(frontier), marker="x", color="black", label="nothing; slower; stopped early")
-    for start, marker in (("elastic pull by", "+"), ("elastic pull,", "1"), ("replay", "*")):
+    for start, (marker, name) in PULLS.items():
         points = [m for label, m in protections.items() if label.startswith(start)]
         if points:
-            axes.scatter(*_means(points), marker=marker, label="EWC" if start.endswith("by") else start.rstrip(","))
+            axes.scatter(*_means(points), marker=marker, label=name)
     axes.set(xlabel="learned of the second task", ylabel="kept of the first task", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

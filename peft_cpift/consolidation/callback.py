@@ -27,7 +27,7 @@ class ConsolidationCallback(TrainerCallback):
         importance: the `importance.safetensors` that `ImportanceCallback` wrote in an earlier training of this model,
             or several of them, whose weights are added up. Tensors by name are taken too.
         strength: how hard, > 0, at most 1e6: a coordinate of mean importance comes to rest about 1 / strength full
-            steps of Adam away from where it was. 0.03 leaves more to learn, 0.3 keeps more.
+            steps of Adam away from where it was. With 0.03 more is learned, with 0.3 more is kept.
         anchor: the folder of the model or adapter that the training began with, or its tensors by name. To be given
             when a training is resumed from a checkpoint, whose weights have moved already.
 

@@ -244,7 +244,7 @@ def plan(study: Study, recipe: Recipe, chosen: dict[str, Any]) -> list[Settings]
             )
     # A tenth of one task's rows; all else as the methods were tuned for the whole, but for a warm-up of as many steps
     # as a whole task has use for, which would be most of a scarce one's.
-    for name in ("CPI-FT", "multi_task", "linear", "ties", "sequence", "replay", "ewc"):
+    for name in ("CPI-FT", "multi_task", "linear", "ties", "sequence", "replay", "ewc", "consolidation"):
         one = cell(name, "scarce", chosen["cpift"], every=True) if name == "CPI-FT" else method(study, name, chosen)
         keys = [*one["keys"], "training.warmup_steps=0.06"]
         cells.append(one | {"kind": "scarce", "scarce": study.scarce, "keys": keys})

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftType
 from peft_cpift.errors import CpiftError
 from peft_cpift.propulsion.card import add_loading_section
 from peft_cpift.propulsion.scale import POOLINGS
-from peft_cpift.propulsion.targets import ALL, ATTENTION
+from peft_cpift.propulsion.targets import MEANINGS
 
 BIASES = ("none", "all", "propulsion_only")
 WRITER = "peft_cpift"
@@ -28,10 +28,10 @@ class PropulsionConfig(PeftConfig):
 
     Args:
         target_modules: Which layers to scale. A list matches names or their endings, a string is a regular expression
-            for the full name, `"all-linear"` means every linear layer but the output layer. `"attention"` and `"all"`
-            are the paper's settings for a known architecture (see `targets.py`): the query, key and value layers; or
-            every linear layer of each block and the embeddings. `None` means `"attention"`, or no layer where
-            `target_parameters` are given.
+            for the full name, `"all-linear"` means every linear layer but the output layer. In a known architecture
+            (see `targets.py`) `"attention"` and `"all"` are the paper's settings, the query, key and value layers, or
+            every linear layer of each block and the embeddings; `"blocks"` is the latter without the embeddings.
+            `None` means `"blocks"`, or no layer where `target_parameters` are given.
         exclude_modules: Layers to leave out, a list or a regular expression like `target_modules`.
         target_parameters: Parameters to scale that are no layer of their own, by the endings of their names: tensors
             `(experts, ...)` that hold the experts of a mixture, such as `"mlp.experts.gate_up_proj"`. Each expert has
@@ -64,7 +64,7 @@ class PropulsionConfig(PeftConfig):
             not written by this package.
 
     Source: section 3 of arXiv 2409.10927; the default degree is the one it uses for language models. `degree_pattern`,
-        `target_parameters` and the meaning of `"l2"` are ours.
+        `target_parameters`, `"blocks"` and the meaning of `"l2"` are ours.
 
     Example:
         >>> PropulsionConfig(target_modules=["q_proj", "v_proj"], degree=25).degree
@@ -73,7 +73,7 @@ class PropulsionConfig(PeftConfig):
 
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Layers to scale: names, a regular expression, 'all-linear', 'attention' or 'all'."},
+        metadata={"help": "Layers to scale: names, an expression, 'all-linear', 'attention', 'blocks' or 'all'."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Layers to leave out: names or a regular expression."}
@@ -186,7 +186,7 @@ class PropulsionConfig(PeftConfig):
         if self.layers_to_transform is None:
             return
         # PEFT applies the indices to lists of name endings only
-        if isinstance(self.target_modules, str) and self.target_modules not in (ATTENTION, ALL):
+        if isinstance(self.target_modules, str) and self.target_modules not in MEANINGS:
             raise CpiftError(
                 f"layers_to_transform has no effect with target_modules={self.target_modules!r}; "
                 "give target_modules as a list of names, or write the blocks into the regular expression."

@@ -25,7 +25,7 @@ from peft_cpift.propulsion.layer import Conv, Embedding, Linear, PropulsionLayer
 from peft_cpift.propulsion.learning_rate import watch_learning_rate
 from peft_cpift.propulsion.mixed_batch import BASE, adapters_by_row
 from peft_cpift.propulsion.quantized import keep_unpacked
-from peft_cpift.propulsion.targets import ALL, ATTENTION, resolve_preset
+from peft_cpift.propulsion.targets import ALL, ATTENTION, BLOCKS, resolve_preset
 from peft_cpift.propulsion.unsupported import bypassed_by, held_by
 
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -75,20 +75,20 @@ class PropulsionModel(BaseTuner):
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(list(TAGS))  # the only word of ours in the card that TRL writes when it pushes
         if peft_config.target_modules is None and not peft_config.target_parameters:
-            peft_config.target_modules = ATTENTION
+            peft_config.target_modules = BLOCKS
         # a configuration may be used for another model, where the preset means other names
         preset, resolved = getattr(peft_config, "_preset", (None, None))
         if resolved is not None and peft_config.target_modules == resolved:
             peft_config.target_modules = preset
-        if peft_config.target_modules in (ATTENTION, ALL):
-            preset = peft_config.target_modules
+        preset = peft_config.target_modules
+        if preset in (BLOCKS, ALL, INCLUDE_LINEAR_LAYERS_SHORTHAND) and not peft_config.target_parameters:
+            _warn_of_fused_experts(preset, model)
+        if preset in (ATTENTION, BLOCKS, ALL):
             names = resolve_preset(preset, model)
             if peft_config.layers_to_transform is not None:  # embeddings, given by their full names, are in no block
                 names -= {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
             peft_config.target_modules = names
             peft_config._preset = (preset, set(names))
-        elif peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND and not peft_config.target_parameters:
-            _warn_of_fused_experts(model)
         # every target is checked before the first is replaced, so that a refusal leaves the model as it was
         _maybe_include_all_linear_layers(peft_config, model)
         inside_adapted = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
@@ -310,13 +310,13 @@ def _check_adapter_name(name: str) -> None:
         raise CpiftError(f"{name!r} cannot name an adapter, because it has a meaning of its own; choose another.")
 
 
-def _warn_of_fused_experts(model: nn.Module) -> None:
+def _warn_of_fused_experts(targets: str, model: nn.Module) -> None:
     """Say that mixture-of-experts layers which keep all experts in one tensor have no linear layer to adapt."""
     fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "expert" in name]
     if fused:
         warnings.warn(
-            f"'all-linear' leaves out the experts, whose weights are fused tensors, not linear layers ({fused[0]} and "
-            f"{len(fused) - 1} more): Propulsion does not adapt them",
+            f"{targets!r} leaves out the experts, whose weights are fused tensors, not linear layers ({fused[0]} and "
+            f"{len(fused) - 1} more): name them with target_parameters if they are to be scaled",
             NoEffectWarning,
             stacklevel=2,
         )

@@ -1,8 +1,9 @@
-"""The paper's two settings as presets: which modules "attention" and "all" stand for, in each architecture.
+"""Which modules the presets "attention", "blocks" and "all" stand for, in each architecture.
 
-`attention`, the default, is the query, key and value layers; `all` is every linear layer of the blocks, and the
-embeddings. Poolers, heads, norms, and projections between the embeddings and the blocks are in neither, nor are tables
-of attention biases (T5) and relative positions (DeBERTa).
+`attention` and `all` are the paper's: the query, key and value layers; every linear layer of the blocks, and the
+embeddings. `blocks`, the default, is `all` without the embeddings, which were not seen to add anything
+(`benchmarks/README.md`). Poolers, heads, norms, and projections between the embeddings and the blocks are in none, nor
+are tables of attention biases (T5) and relative positions (DeBERTa).
 
 Names are endings of module names, as PEFT matches them. Models that fuse the three projections into one layer have a
 single name for them: its outputs are exactly the queries, keys and values. Encoder-decoder models have them in self-
@@ -20,10 +21,20 @@ from peft_cpift.errors import CpiftError
 from peft_cpift.propulsion.unsupported import bypassed_by, held_by
 
 ATTENTION = "attention"
+"""The word for this preset in `target_modules`."""
+
+BLOCKS = "blocks"
 """The word for this preset in `target_modules`; `None` means the same."""
 
 ALL = "all"
 """The word for this preset in `target_modules`."""
+
+MEANINGS = {
+    ATTENTION: "query, key and value layers",
+    BLOCKS: "linear layers of the blocks",
+    ALL: "linear layers and the embeddings",
+}
+"""Every preset, in words."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ def resolve_preset(preset: str, model: nn.Module) -> set[str]:
     the whole base embedding with the adapter if the bare word `embed_tokens` is among the targets.
 
     Args:
-        preset: `"attention"` or `"all"`.
+        preset: `"attention"`, `"blocks"` or `"all"`.
         model: The base model, with a `config` as those of transformers have; other adapters may be on it.
 
     Returns:
@@ -109,7 +120,7 @@ def resolve_preset(preset: str, model: nn.Module) -> set[str]:
 
     Source:
         Propulsion (arXiv 2409.10927): "Attn" adapts the query, key and value layers, "All" every linear layer and the
-        embeddings.
+        embeddings. `"blocks"` is ours.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -120,9 +131,9 @@ def resolve_preset(preset: str, model: nn.Module) -> set[str]:
         >>> sorted(resolve_preset("all", model))
         ['down_proj', 'gate_proj', 'k_proj', 'model.embed_tokens', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
     """
-    if preset not in (ATTENTION, ALL):
-        raise CpiftError(f"there is no preset {preset!r}; use {ATTENTION!r} or {ALL!r}, or name target_modules.")
-    layers = "query, key and value layers" if preset == ATTENTION else "linear layers and the embeddings"
+    if preset not in MEANINGS:
+        raise CpiftError(f"there is no preset {preset!r}; use one of {', '.join(MEANINGS)}, or name target_modules.")
+    layers = MEANINGS[preset]
     cure = "name them with target_modules, or use target_modules='all-linear'."
     config = getattr(model, "config", None)
     model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)

@@ -42,7 +42,7 @@ def test_block_indices_need_names(target_modules):
         PropulsionConfig(target_modules=target_modules, layers_to_transform=0)
 
 
-@pytest.mark.parametrize("target_modules", [None, "attention", ["q_proj"]])
+@pytest.mark.parametrize("target_modules", [None, "attention", "blocks", "all", ["q_proj"]])
 def test_block_indices_go_with_names_and_presets(target_modules):
     assert PropulsionConfig(target_modules=target_modules, layers_to_transform=0).layers_to_transform == 0
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_cpift.propulsion import PropulsionConfig, hotswap_adapter
 
-RANDOM = {"init_weights": False}
+RANDOM = {"target_modules": "attention", "init_weights": False}
 
 
 def logits(model, input_ids):
@@ -28,7 +28,7 @@ def addresses(model):
 @pytest.fixture
 def other(make_llama, tmp_path):
     """The folder of a saved adapter."""
-    model = get_peft_model(make_llama(), PropulsionConfig())
+    model = get_peft_model(make_llama(), PropulsionConfig(target_modules="attention"))
     with torch.no_grad():
         for name, z in model.named_parameters():
             if "propulsion_z" in name:
@@ -73,7 +73,7 @@ def test_one_of_several_adapters_is_swapped(make_llama, input_ids, other):
 
 def test_a_model_that_transformers_put_the_adapter_on(make_llama, input_ids, other):
     model = make_llama()
-    model.add_adapter(PropulsionConfig(target_modules=["q_proj", "k_proj", "v_proj"], **RANDOM))
+    model.add_adapter(PropulsionConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_weights=False))
     hotswap_adapter(model, other)
     expected = logits(PeftModel.from_pretrained(make_llama(), other), input_ids)
     assert torch.equal(logits(model, input_ids), expected)
@@ -88,7 +88,7 @@ def test_a_model_that_transformers_put_the_adapter_on(make_llama, input_ids, oth
         ({"pooling": "max"}, r"has pooling='mean' and default has 'max'"),
         ({"trainable_token_indices": [1, 2]}, r"has trainable_token_indices=None and default has \[1, 2\]"),
         ({"target_modules": ["q_proj"]}, r"k_proj.propulsion_z has shape \(8,\) in .* and none in the model"),
-        ({"target_modules": "all-linear"}, r"down_proj.propulsion_z has shape none in .* and \(16,\) in the model"),
+        ({"target_modules": None}, r"down_proj.propulsion_z has shape none in .* and \(16,\) in the model"),
     ],
 )
 def test_adapters_that_differ_in_more_than_values_are_refused(make_llama, input_ids, other, settings, message):
@@ -119,7 +119,7 @@ def test_another_width_is_refused(make_llama, other):
     tensors = load_file(other / "adapter_model.safetensors")
     save_file({name: torch.ones(3) for name in tensors}, other / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"has shape \(3,\) in .* and \(8,\) in the model"):
-        hotswap_adapter(get_peft_model(make_llama(), PropulsionConfig()), other)
+        hotswap_adapter(get_peft_model(make_llama(), PropulsionConfig(target_modules="attention")), other)
 
 
 def test_an_unknown_name_a_merged_adapter_and_another_method_are_refused(make_llama, other, tmp_path):

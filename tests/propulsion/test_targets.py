@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_cpift.errors import CpiftError, NoEffectWarning
 from peft_cpift.propulsion import PropulsionConfig
-from peft_cpift.propulsion.targets import ALL, ATTENTION, PRESETS, resolve_preset
+from peft_cpift.propulsion.targets import ALL, ATTENTION, MEANINGS, PRESETS, resolve_preset
 from peft_cpift.propulsion.unsupported import bypassed_by
 
 BLOCKS = 2
@@ -173,20 +173,21 @@ def test_query_key_value_of_each_architecture(model_type):
 
 
 @pytest.mark.parametrize(("model_type", "auto"), MODELS)
-def test_all_is_every_linear_layer_of_the_blocks_and_the_embeddings(model_type, auto):
+def test_blocks_are_all_their_linear_layers_and_all_has_the_embeddings_too(model_type, auto):
     model = build(model_type, auto)
-    expected = set()
+    linear, embeddings = set(), set()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and in_block(name):
-            expected.add(name)
+            linear.add(name)
         patches = isinstance(module, nn.Conv2d) and "patch" in name
         if (patches or isinstance(module, nn.Embedding)) and name.rpartition(".")[2] not in NOT_EMBEDDINGS:
-            expected.add(name)
-    assert matched(model, ALL) == expected
-    assert matched(model, ATTENTION) < expected
+            embeddings.add(name)
+    assert matched(model, ALL) == linear | embeddings
+    assert matched(model, "blocks") == linear
+    assert matched(model, ATTENTION) < linear
 
 
-@pytest.mark.parametrize("preset", [ATTENTION, ALL])
+@pytest.mark.parametrize("preset", MEANINGS)
 @pytest.mark.parametrize(("model_type", "auto"), MODELS)
 def test_every_matched_layer_is_called(model_type, auto, preset):
     model = build(model_type, auto, "cpu")
@@ -247,7 +248,7 @@ def test_cross_attention_of_gpt2_is_attention():
 
 def test_a_second_adapter_gets_the_same_names():
     model = build("gemma3")
-    for preset in (ATTENTION, ALL):
+    for preset in MEANINGS:
         names = resolve_preset(preset, model)
         inject_adapter_in_model(LoraConfig(target_modules=names), model, adapter_name=preset)
         assert resolve_preset(preset, model) == names
@@ -291,7 +292,7 @@ def test_a_model_without_the_layers_of_its_type_is_refused():
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(CpiftError, match="there is no preset 'attn'; use 'attention' or 'all'"):
+    with pytest.raises(CpiftError, match="there is no preset 'attn'; use one of attention, blocks, all, or name"):
         resolve_preset("attn", build("llama"))
 
 
@@ -313,13 +314,14 @@ def test_trainable_parameters_of_the_paper(auto, blocks, hidden, preset, expecte
     assert sum(outputs) == expected
 
 
-def test_attention_is_a_synonym_of_the_default():
+def test_blocks_is_a_synonym_of_the_default():
     by_default = get_peft_model(build("llama"), PropulsionConfig())
-    by_name = get_peft_model(build("llama"), PropulsionConfig(target_modules=ATTENTION))
+    by_name = get_peft_model(build("llama"), PropulsionConfig(target_modules="blocks"))
     assert by_name.targeted_module_names == by_default.targeted_module_names != []
 
 
 def test_experts_in_fused_tensors_are_not_left_out_in_silence():
     config = transformers.MixtralConfig(**DECODER, num_local_experts=2)
-    with pytest.warns(NoEffectWarning, match=r"leaves out the experts.*experts\."):
-        get_peft_model(transformers.MixtralForCausalLM(config), PropulsionConfig(target_modules="all-linear"))
+    for targets in (None, ALL, "all-linear"):
+        with pytest.warns(NoEffectWarning, match=rf"^'{targets or 'blocks'}' leaves out the experts.*experts\."):
+            get_peft_model(transformers.MixtralForCausalLM(config), PropulsionConfig(target_modules=targets))

@@ -86,7 +86,7 @@ def write_page(file: Path, cells: Sequence[Mapping[str, Any]]) -> Path:
         "",
         *_methods_table(methods),
         "",
-        f"![Score against tokens]({picture.name})",
+        f"![Scores]({picture.name})",
         "",
         "### By task",
         "",
@@ -94,17 +94,9 @@ def write_page(file: Path, cells: Sequence[Mapping[str, Any]]) -> Path:
         "",
         "## Parts of the method",
         "",
-        "Each run has one thing changed, at the rates that were chosen for CPI-FT; Propulsion's are not tuned. Of so "
-        "many rows one in twenty is bold by chance.",
-        "",
         *_ablation_table([run for run in tests if run["settings"]["kind"] == "ablation"], methods),
         "",
         "## Forgetting: two tasks, one after the other",
-        "",
-        "A is learned, then B. Of CPI-FT, `after A` is A's probe, and its last stage sees some rows of A again, which "
-        "the others do not; their rate is that which was chosen for all tasks one after the other. `A lost` is in "
-        "points, `B gained` over the model before training, `both` the mean of A and B at the end, of which the "
-        "difference is formed.",
         "",
         *_pair_table([run for run in tests if run["settings"]["kind"] == "pair"]),
         "",
@@ -181,6 +173,8 @@ def _tasks_table(methods: Mapping[str, Mapping[str, Values]]) -> list[str]:
 
 
 def _ablation_table(runs: Sequence[Run], methods: Mapping[str, Mapping[str, Values]]) -> list[str]:
+    if not runs:
+        return ["Not run."]
     values: dict[str, Values] = defaultdict(dict)
     tokens: dict[str, Values] = defaultdict(dict)
     for run in runs:
@@ -188,7 +182,13 @@ def _ablation_table(runs: Sequence[Run], methods: Mapping[str, Mapping[str, Valu
         method = result["methods"]["CPI-FT"]
         values[name][seed], tokens[name][seed] = result["models"][method["model"]]["average"], method["tokens"]
     full = methods["CPI-FT"]
-    lines = ["| changed | seeds | average | minus CPI-FT | tokens |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "Each run has one thing changed, at the rates that were chosen for CPI-FT; Propulsion's are not tuned. Of so "
+        "many rows one in twenty is bold by chance.",
+        "",
+        "| changed | seeds | average | minus CPI-FT | tokens |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     cost = interval(list(full["tokens"].values())).mean
     lines.append(f"| nothing | {len(full['average'])} | {_show(full['average'])} | | {cost:,.0f} |")
     for name, scores in values.items():
@@ -199,6 +199,8 @@ def _ablation_table(runs: Sequence[Run], methods: Mapping[str, Mapping[str, Valu
 
 
 def _pair_table(runs: Sequence[Run]) -> list[str]:
+    if not runs:
+        return ["Not run."]
     rows: dict[tuple[str, str], dict[str, Values]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         first, second = run["settings"]["tasks"]
@@ -225,7 +227,14 @@ def _pair_table(runs: Sequence[Run]) -> list[str]:
             for what, value in values.items():
                 rows[pair, method][what][seed] = value
     columns = ("after A", "after B", "A lost", "B", "B gained", "both")
-    lines = [f"| A → B | method | {' | '.join(columns)} | CPI-FT minus it |"]
+    lines = [
+        "A is learned, then B. Of CPI-FT, `after A` is A's probe, and its last stage sees some rows of A again, which "
+        "the others do not; their rate is that which was chosen for all tasks one after the other. `A lost` is in "
+        "points, `B gained` over the model before training, `both` the mean of A and B at the end, of which the "
+        "difference is formed.",
+        "",
+        f"| A → B | method | {' | '.join(columns)} | CPI-FT minus it |",
+    ]
     lines.append("| --- | --- |" + " ---: |" * (len(columns) + 1))
     for (pair, method), values in rows.items():
         against = "" if method == "CPI-FT" else _against(rows[pair, "CPI-FT"]["both"], values["both"])
@@ -306,22 +315,23 @@ def _against(one: Values, other: Values) -> str:
 
 
 def _draw(methods: Mapping[str, Mapping[str, Values]], file: Path) -> None:
-    """Score against tokens, one point a method."""
+    """A row for each method, the best on top: its score and interval, and the tokens that it took."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for method, values in _ranked(methods):
-        score, tokens = interval(list(values["average"].values())), interval(list(values["tokens"].values()))
+    rows = _ranked(methods)[::-1]
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.3 * len(rows)))
+    for height, (method, values) in enumerate(rows):
+        score = interval(list(values["average"].values()))
         half = score.half if score.count > 1 else 0.0
         color = "tab:red" if method == "CPI-FT" else "tab:blue"
-        axes.errorbar(tokens.mean / 1000, score.mean, yerr=half, fmt="o", color=color, capsize=3)
-        axes.annotate(title(method), (tokens.mean / 1000, score.mean), (5, 3), textcoords="offset points", fontsize=7)
-    axes.set_xlabel("training tokens behind the model, thousands")
-    axes.set_ylabel("average score, 0 to 10")
-    axes.margins(x=0.25)
+        axes.errorbar(score.mean, height, xerr=half, fmt="o", color=color, capsize=3)
+    tokens = {method: interval(list(values["tokens"].values())).mean / 1000 for method, values in rows}
+    axes.set_yticks(range(len(rows)), [f"{title(method)}, {count:,.0f}k tokens" for method, count in tokens.items()])
+    axes.set_xlabel("average score, 0 to 10")
+    axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     with complete_file(file) as partial:
         figure.savefig(partial, format="png", dpi=150)

@@ -1,6 +1,7 @@
 """Does Propulsion train a language model as well as its peers? Gemma 3 270M on GSM8K, every method at its best rate.
 
     python benchmarks/tuner_language.py MODEL DATA             # 2 h on two cores
+    python benchmarks/tuner_language.py MODEL DATA --time      # steps, a minute and a half a method, alone
     python benchmarks/tuner_language.py --table                # from the results alone
 
 MODEL is a folder, such as `export_gemma3.py` makes, DATA one with the rows of the five tasks that
@@ -11,6 +12,9 @@ learning rate of its own, chosen by a sweep in factors of about 3 on a seed of i
 The score is the held-out loss of test rows, in nats per completion token, after the last step; the answers of a model
 of this size are nearly never right to the letter. The model has no biases and its head is its embedding, so there is
 neither BitFit nor a head alone; virtual tokens are compared in `tuner_quality.py` only.
+
+Step times are ratios within a round, in which every method takes the same few steps, one method after the other in one
+process. Peak memory is that of two steps on the same rows, above the weights.
 
 Intervals are 95% over seeds, by Student's t: they cover which rows are drawn and the adapters' start, not the choice
 of test rows, which is the same for all.
@@ -84,14 +88,21 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--time", action="store_true", help="time the methods' steps side by side")
     parser.add_argument("--table", action="store_true", help="make the table from the results")
     arguments = parser.parse_args()
     file = RESULTS / "runs.jsonl"
     if arguments.table:
-        (RESULTS / "results.md").write_text(table(load(file)), encoding="utf-8")
+        (RESULTS / "results.md").write_text(table(load(file), load(RESULTS / "time.jsonl")), encoding="utf-8")
         return
     if not (arguments.model and arguments.data):
         parser.error("a model and data are needed, unless for --table")
+    if arguments.time:
+        if FULL not in arguments.methods:
+            parser.error(f"times are shares of those of '{FULL}': name it too")
+        work = partial(measure_time, model=arguments.model, data=arguments.data)
+        compute(RESULTS / "time.jsonl", [time_settings(arguments.model.name, arguments.methods)], work, workers=1)
+        return
     settings = partial(make_settings, arguments.model.name)
     work = partial(make_run, model=arguments.model, data=arguments.data)
     for method in arguments.methods:
@@ -123,19 +134,17 @@ def make_run(settings: Settings, *, model: Path, data: Path) -> dict[str, Any]:
     tuned = start(base, settings["tuner"], settings["seed"])
     count = settings["steps"] * settings["batch"]
     drawn = draw(task.train, count, f"{settings['seed']}/{settings['task']}")
-    every, seconds = settings["steps"] // settings["evaluations"], []
+    every, step = settings["steps"] // settings["evaluations"], 0
     held_out = task.validation[: settings["curve_rows"]]
     curve = [{"step": 0, **score(tuned, held_out)}]
 
     def watch() -> None:
-        nonlocal began
-        seconds.append(now() - began)
-        if len(seconds) % every == 0:
-            curve.append({"step": len(seconds), **score(tuned, held_out)})
+        nonlocal step
+        step += 1
+        if step % every == 0:
+            curve.append({"step": step, **score(tuned, held_out)})
             tuned.train()
-        began = now()
 
-    began = now()
     try:
         train(tuned, drawn, batch_size=settings["batch"], rate=settings["rate"], after_step=watch)
     except Diverged as error:
@@ -145,7 +154,6 @@ def make_run(settings: Settings, *, model: Path, data: Path) -> dict[str, Any]:
     result = {
         "diverged": None,
         "curve": curve,
-        "step_seconds": statistics.median(seconds),
         "validation": score(tuned, task.validation),
         "test": score(tuned, task.test) if settings["seed"] != SWEEP_SEED else None,
         "parameters": trainable_count(tuned),
@@ -160,6 +168,29 @@ def make_run(settings: Settings, *, model: Path, data: Path) -> dict[str, Any]:
     return result
 
 
+def time_settings(model: str, methods: list[str]) -> Settings:
+    """All that step times, which are compared with each other, depend on; but for the machine."""
+    return {
+        **{"study": "step time", "model": model, "task": TASK, "methods": methods, "rounds": 6, "steps": 3},
+        **{name: SIZES[name] for name in ("batch", "length")},
+    }
+
+
+def measure_time(settings: Settings, *, model: Path, data: Path) -> dict[str, list[float]]:
+    """The median time of a step, in seconds, of each method and round. A first round, to warm up, is left out."""
+    base, tasks = load_real(model, data, settings["length"], held_out=1)
+    tuned = {name: start(base, METHODS[name][0]) for name in settings["methods"]}
+    seconds: dict[str, list[float]] = {name: [] for name in tuned}
+    for number in range(settings["rounds"] + 1):
+        rows = draw(tasks[settings["task"]].train, settings["steps"] * settings["batch"], number)
+        for name, one in tuned.items():
+            ends = [now()]
+            train(one, rows, batch_size=settings["batch"], rate=1e-6, after_step=lambda ends=ends: ends.append(now()))
+            if number:
+                seconds[name].append(statistics.median(after - before for before, after in pairwise(ends)))
+    return seconds
+
+
 def steps_until(curve: list[dict[str, float]], loss: float) -> float:
     """Where a curve first comes down to a loss, between two scored steps by a straight line."""
     for before, after in pairwise(curve):
@@ -169,8 +200,13 @@ def steps_until(curve: list[dict[str, float]], loss: float) -> float:
     return math.inf
 
 
-def table(runs: list[dict[str, Any]]) -> str:
+def table(runs: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
+    ratios = {
+        name: statistics.median(one / full for one, full in zip(own, run["result"][FULL], strict=True))
+        for run in timed
+        for name, own in run["result"].items()
+    }
     final: dict[str, dict[int, dict[str, Any]]] = {}
     tried: dict[str, list[float]] = {}
     for run in runs:
@@ -211,18 +247,13 @@ def table(runs: list[dict[str, Any]]) -> str:
         size = f"{result['file_bytes'] / 1000:,.0f}" if result["file_bytes"] else ""
         cells = [name, f"{rate:g}{edge}", f"{result['parameters']:,}", interval(list(losses[name].values())).show(4)]
         cells += [minus(name, LORA), minus(name, FULL), f"{statistics.median(steps):.0f}"]
-        shared = final[name].keys() & final.get(FULL, {}).keys()
-        times = [
-            final[name][seed]["result"]["step_seconds"] / final[FULL][seed]["result"]["step_seconds"]
-            for seed in shared
-        ]
         peaks = [run["result"]["peak_bytes"] for run in final[name].values() if run["result"]["peak_bytes"]]
-        cells += [f"{statistics.median(times):.2f}" if times else "", f"{peaks[0] / 2**20:.0f}" if peaks else "", size]
+        cells += [f"{ratios[name]:.2f}" if name in ratios else "", f"{peaks[0] / 2**20:.0f}" if peaks else "", size]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         "A rate with * is at the edge of its sweep. Steps: to 95% of a method's own gain, by validation rows.",
-        "Peak memory: of two steps on the same rows, above the weights.",
+        "Times are medians of ratios, measured apart from the runs; peaks of memory are above the weights.",
         "",
     ]
     zs = {

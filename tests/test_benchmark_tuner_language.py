@@ -45,6 +45,13 @@ def test_every_method_learns_and_only_final_seeds_see_test_rows(method, data, mo
     assert (swept["test"], swept["peak_bytes"]) == (None, None)
 
 
+def test_methods_are_timed_side_by_side(data):
+    wanted = tuner_language.time_settings("demo", ["full", "LoRA r=1", "Propulsion all, k=1"])
+    seconds = tuner_language.measure_time(wanted, model=demo.MODEL, data=data)
+    assert list(seconds) == wanted["methods"]
+    assert all(len(own) == wanted["rounds"] and min(own) > 0 for own in seconds.values())
+
+
 def test_steps_are_read_off_between_two_scores():
     curve = [{"step": step, "loss": loss} for step, loss in ((0, 2.0), (10, 1.5), (20, 1.0))]
     assert tuner_language.steps_until(curve, 1.25) == 15
@@ -59,11 +66,12 @@ def test_the_table_of_invented_runs():
                 score = {"loss": loss + seed / 10, "exact": 0.0}
                 curve = [{"step": 0, "loss": 3.0}, {"step": 20, "loss": loss}]
                 result = {"curve": curve, "test": score, "validation": score, "parameters": 1234, "z": None}
-                result |= {"step_seconds": loss, "peak_bytes": 7 << 20 if seed == 0 else None}
+                result["peak_bytes"] = 7 << 20 if seed == 0 else None
                 result["file_bytes"] = None if method == "full" else 5000
                 settings = {"method": method, "rate": rate, "seed": seed}
                 runs.append({"settings": settings, "result": result, "machine": "M"})
-    lines = tuner_language.table(runs).splitlines()
+    timed = [{"result": {"full": [1.0, 2.0, 4.0], "LoRA r=8": [1.5, 3.0, 40.0]}}]
+    lines = tuner_language.table(runs, timed).splitlines()
     assert "| full | 0.0003* | 1,234 | 1.0500 ± 0.6353 | -0.5000 ± 0.0000 |  | 19 | 1.00 | 7 |  |" in lines
     assert "| LoRA r=8 | 0.0003* | 1,234 | 1.5500 ± 0.6353 |  | +0.5000 ± 0.0000 | 19 | 1.50 | 7 | 5 |" in lines
     assert "Before training the curve's rows have a loss of 3.000." in lines
